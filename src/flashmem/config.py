@@ -1,0 +1,286 @@
+"""Every setting, frozen and validated on construction. Imports nothing from the package.
+
+`ModelGeometry` is what flashmem needs to know of a DeepSeek-V4 model; `LSAConfig` is what a user may choose.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+LayerKind = Literal["window", "csa", "hca"]
+KVFormat = Literal["fp32", "bf16", "fp8"]
+
+_KIND_OF_LAYER_TYPE: Mapping[str, LayerKind] = {
+    "sliding_attention": "window",
+    "compressed_sparse_attention": "csa",
+    "heavily_compressed_attention": "hca",
+}
+_KIND_OF_RATIO: Mapping[int, LayerKind] = {0: "window", 4: "csa", 128: "hca"}
+
+PUBLISHED_TARGETS = (10, 12, 20)
+"""CSA indices that the published Memory Indexer reads (transformer layers 22, 26 and 42 of V4-Flash)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RopeConfig:
+    """Interleaved rotary embedding of the trailing `dim` channels, with optional YaRN frequencies."""
+
+    theta: float
+    dim: int
+    factor: float = 1.0
+    """YaRN factor; 1 means plain frequencies."""
+    original_positions: int = 65_536
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.dim <= 0 or self.dim % 2:
+            raise ValueError(f"rope dim must be a positive even number, got {self.dim}")
+        if self.theta <= 1 or self.factor < 1:
+            raise ValueError(f"rope theta must exceed 1 and factor be at least 1, got {self.theta} and {self.factor}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelGeometry:
+    """The sizes of a DeepSeek-V4 model, from its `config.json`; no tensors, no transformers."""
+
+    layer_kinds: tuple[LayerKind, ...]
+    hidden_size: int
+    vocab_size: int
+    num_heads: int
+    head_dim: int
+    q_lora_rank: int
+    o_groups: int
+    o_lora_rank: int
+    sliding_window: int
+    csa_ratio: int
+    hca_ratio: int
+    index_heads: int
+    index_head_dim: int
+    index_topk: int
+    compress_rope: RopeConfig
+    """Rotary embedding of CSA and HCA layers, of their entries and of the index keys; dim counts channels of a head."""
+    rms_norm_eps: float
+    hc_mult: int
+    moe_intermediate_size: int
+    num_experts: int
+    num_experts_per_token: int
+    num_shared_experts: int
+    max_positions: int
+
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if isinstance(value, int) and value < 0:
+                raise ValueError(f"{item.name} must not be negative, got {value}")
+        if "csa" not in self.layer_kinds:
+            raise ValueError("the model has no CSA layer: there is nothing for flashmem to page")
+        if self.compress_rope.dim > min(self.head_dim, self.index_head_dim):
+            raise ValueError(
+                f"rope dim {self.compress_rope.dim} exceeds head_dim {self.head_dim} or "
+                f"index_head_dim {self.index_head_dim}"
+            )
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layer_kinds)
+
+    @property
+    def csa_layers(self) -> tuple[int, ...]:
+        """Transformer layer of each CSA index."""
+        return tuple(i for i, kind in enumerate(self.layer_kinds) if kind == "csa")
+
+    @property
+    def hca_layers(self) -> tuple[int, ...]:
+        return tuple(i for i, kind in enumerate(self.layer_kinds) if kind == "hca")
+
+    def default_targets(self) -> tuple[int, ...]:
+        """CSA indices read by the Memory Indexer: the published ones if the model has them, else at most three."""
+        count = len(self.csa_layers)
+        if count > PUBLISHED_TARGETS[-1]:
+            return PUBLISHED_TARGETS
+        if count <= 3:
+            return tuple(range(count))
+        return tuple(sorted({count // 2, (3 * count) // 4, count - 1}))
+
+    @classmethod
+    def from_mapping(cls, config: Mapping[str, Any]) -> ModelGeometry:
+        """Read a `config.json` mapping, in the published (V4-Flash) or in the transformers spelling.
+
+        Raises ValueError naming what is missing or unsupported.
+        """
+        if config.get("model_type") != "deepseek_v4":
+            raise ValueError(f"model_type must be 'deepseek_v4', got {config.get('model_type')!r}")
+
+        def need(key: str) -> Any:
+            if config.get(key) is None:
+                raise ValueError(f"the model config lacks {key!r}")
+            return config[key]
+
+        num_layers = int(need("num_hidden_layers"))
+        head_dim = int(need("head_dim"))
+        rates = config.get("compress_rates") or {}
+        return cls(
+            layer_kinds=_layer_kinds(config, num_layers),
+            hidden_size=int(need("hidden_size")),
+            vocab_size=int(need("vocab_size")),
+            num_heads=int(need("num_attention_heads")),
+            head_dim=head_dim,
+            q_lora_rank=int(need("q_lora_rank")),
+            o_groups=int(need("o_groups")),
+            o_lora_rank=int(need("o_lora_rank")),
+            sliding_window=int(need("sliding_window")),
+            csa_ratio=int(rates.get("compressed_sparse_attention", config.get("compress_rate_csa", 4))),
+            hca_ratio=int(rates.get("heavily_compressed_attention", config.get("compress_rate_hca", 128))),
+            index_heads=int(need("index_n_heads")),
+            index_head_dim=int(need("index_head_dim")),
+            index_topk=int(need("index_topk")),
+            compress_rope=_compress_rope(config, head_dim),
+            rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),
+            hc_mult=int(config.get("hc_mult", 4)),
+            moe_intermediate_size=int(need("moe_intermediate_size")),
+            num_experts=int(need("n_routed_experts")),
+            num_experts_per_token=int(need("num_experts_per_tok")),
+            num_shared_experts=int(config.get("n_shared_experts", 1)),
+            max_positions=int(config.get("max_position_embeddings", 1_048_576)),
+        )
+
+    @classmethod
+    def from_json(cls, path: str | Path) -> ModelGeometry:
+        """Read a model directory or its `config.json`."""
+        path = Path(path)
+        path = path / "config.json" if path.is_dir() else path
+        if not path.is_file():
+            raise ValueError(f"no model config at {path}")
+        try:
+            values = json.loads(path.read_text())
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path} is not JSON: {error}") from error
+        return cls.from_mapping(values)
+
+
+def _layer_kinds(config: Mapping[str, Any], num_layers: int) -> tuple[LayerKind, ...]:
+    if config.get("layer_types") is not None:
+        names, table = list(config["layer_types"]), _KIND_OF_LAYER_TYPE
+    elif config.get("compress_ratios") is not None:
+        names, table = list(config["compress_ratios"]), _KIND_OF_RATIO  # type: ignore[assignment]
+    else:
+        raise ValueError("the model config has neither 'layer_types' nor 'compress_ratios'")
+    if len(names) < num_layers:
+        raise ValueError(f"{len(names)} layer types for {num_layers} layers")
+    if unknown := sorted({str(name) for name in names[:num_layers] if name not in table}):
+        raise ValueError(f"unknown layer types: {', '.join(unknown)}")
+    return tuple(table[name] for name in names[:num_layers])  # a trailing entry belongs to the MTP layer
+
+
+def _compress_rope(config: Mapping[str, Any], head_dim: int) -> RopeConfig:
+    nested = (config.get("rope_parameters") or {}).get("compress")
+    flat = nested or config.get("rope_scaling") or config.get("rope_parameters") or {}
+    if config.get("qk_rope_head_dim") is not None:
+        dim = int(config["qk_rope_head_dim"])
+    else:
+        dim = int(head_dim * (config.get("partial_rotary_factor") or flat.get("partial_rotary_factor") or 64 / 512))
+    theta = float((nested or {}).get("rope_theta") or config.get("compress_rope_theta") or 160_000.0)
+    kind = flat.get("rope_type", flat.get("type", "default"))
+    if kind == "default":
+        return RopeConfig(theta=theta, dim=dim)
+    if kind != "yarn":
+        raise ValueError(f"rope type {kind!r} is not supported; 'default' and 'yarn' are")
+    return RopeConfig(
+        theta=theta,
+        dim=dim,
+        factor=float(flat["factor"]),
+        original_positions=int(flat["original_max_position_embeddings"]),
+        beta_fast=float(flat.get("beta_fast", 32)),
+        beta_slow=float(flat.get("beta_slow", 1)),
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LSAConfig:
+    """What a user chooses about Lookahead Sparse Attention."""
+
+    policy: Any = "lsa"
+    """A name ('lsa', 'all', 'recency', 'random', 'carry-over', 'native') or an object with the protocol `types.Policy`."""
+    page_chunks: int = 64
+    """Chunks per page, a power of two from 4; 64 chunks are 256 tokens."""
+    tau: int = 64
+    """Decode steps per cycle: level 1 runs once per cycle."""
+    lead: int = 0
+    """Level 1 starts this many steps before the window boundary so that copies overlap with decoding."""
+    threshold: float = 0.5
+    """A chunk is wanted when its probability exceeds this."""
+    keep: float | None = None
+    """Fixed budget: share of all pages to keep resident, sink and recency included; None means the threshold rule."""
+    floor_pages: int = 4
+    """The threshold rule selects at least this many pages beside the always-kept ones (if there are as many)."""
+    ceiling_pages: int | None = None
+    """The threshold rule selects at most this many pages beside the always-kept ones; None means no ceiling."""
+    sink_pages: int = 1
+    """First pages, always kept."""
+    recency_pages: int = 2
+    """Last pages, always kept; the page being filled counts."""
+    observation_window: int = 1
+    """Hidden states of the last m tokens that level 1 reads; 1 as published."""
+    ensemble: Literal["max", "mean"] = "max"
+    """How logits of target layers and observed tokens combine."""
+    rescue: bool = False
+    """Widen the budget or re-run level 1 early when the selection is seen to be too small (see `lookahead.cycle`)."""
+    rescue_interval: int = 8
+    """Decode steps between two looks at the target layers' own lightning scores."""
+    rescue_recall: float = 0.5
+    """Least share of the lightning top-k that must be resident; below it level 1 runs early."""
+    kv_format: Literal["auto"] | KVFormat = "auto"
+    """Format of the records; 'auto' is the model's own dtype, hence exact."""
+    device_budget_bytes: int | None = None
+    """Bytes of the device pool, over all devices; None lets it grow with what sessions need."""
+    host_budget_bytes: int | None = None
+    disk_budget_bytes: int | None = None
+    disk_path: str | None = None
+    """Directory of the disk tier; None means no disk tier."""
+    prefill_chunk: int = 512
+    """Tokens per prefill forward."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.page_chunks < 4 or self.page_chunks & (self.page_chunks - 1):
+            raise ValueError(f"page_chunks must be a power of two from 4, got {self.page_chunks}")
+        for name in ("tau", "observation_window", "rescue_interval", "prefill_chunk", "recency_pages"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("floor_pages", "sink_pages", "lead"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if self.lead >= self.tau:
+            raise ValueError(f"lead must be below tau={self.tau}, got {self.lead}")
+        if not 0 < self.threshold < 1:
+            raise ValueError(f"threshold must lie between 0 and 1, got {self.threshold}")
+        if self.keep is not None and not 0 < self.keep <= 1:
+            raise ValueError(f"keep must lie in (0, 1], got {self.keep}")
+        if self.ceiling_pages is not None and self.ceiling_pages < self.floor_pages:
+            raise ValueError(f"ceiling_pages must be at least floor_pages={self.floor_pages}, got {self.ceiling_pages}")
+        if not 0 <= self.rescue_recall <= 1:
+            raise ValueError(f"rescue_recall must lie in [0, 1], got {self.rescue_recall}")
+        if self.ensemble not in ("max", "mean"):
+            raise ValueError(f"ensemble must be 'max' or 'mean', got {self.ensemble!r}")
+        if self.kv_format not in ("auto", "fp32", "bf16", "fp8"):
+            raise ValueError(f"kv_format must be 'auto', 'fp32', 'bf16' or 'fp8', got {self.kv_format!r}")
+        for name in ("device_budget_bytes", "host_budget_bytes", "disk_budget_bytes"):
+            if (value := getattr(self, name)) is not None and value <= 0:
+                raise ValueError(f"{name} must be positive, got {value}")
+        if self.disk_budget_bytes is not None and self.disk_path is None:
+            raise ValueError("disk_budget_bytes needs disk_path")
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any]) -> LSAConfig:
+        names = {item.name for item in fields(cls)}
+        if unknown := sorted(values.keys() - names):
+            raise ValueError(f"unknown options: {', '.join(unknown)}; known are {', '.join(sorted(names))}")
+        return cls(**values)
+
+
+__all__ = ["PUBLISHED_TARGETS", "KVFormat", "LSAConfig", "LayerKind", "ModelGeometry", "RopeConfig"]
