@@ -1,0 +1,32 @@
+"""The definition of the index row format."""
+
+from __future__ import annotations
+
+import torch
+
+E4M3_MAX = 448.0
+SMALLEST_AMAX = 1e-4  # keeps the scale of an all-zero key finite
+
+
+def hadamard_reference(x: torch.Tensor) -> torch.Tensor:
+    dim = x.shape[-1]
+    block = dim & -dim
+    y = x.float().reshape(-1, dim // block, block)
+    half = 1
+    while half < block:
+        pairs = y.reshape(-1, dim // block, block // (2 * half), 2, half)
+        y = torch.stack((pairs[..., 0, :] + pairs[..., 1, :], pairs[..., 0, :] - pairs[..., 1, :]), dim=-2)
+        half *= 2
+    return y.reshape(x.shape) * block**-0.5
+
+
+def encode_index_rows_reference(keys_NI: torch.Tensor) -> torch.Tensor:
+    rotated = hadamard_reference(keys_NI)
+    scale = rotated.abs().amax(dim=-1, keepdim=True).clamp_min(SMALLEST_AMAX) / E4M3_MAX
+    values = (rotated / scale).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+    return torch.cat((values.view(torch.uint8), scale.contiguous().view(torch.uint8)), dim=-1)
+
+
+def decode_index_rows_reference(rows_NR: torch.Tensor) -> torch.Tensor:
+    values = rows_NR[..., :-4].contiguous().view(torch.float8_e4m3fn).float()
+    return values * rows_NR[..., -4:].contiguous().view(torch.float32)
