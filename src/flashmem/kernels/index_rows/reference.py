@@ -11,13 +11,13 @@ SMALLEST_AMAX = 1e-4  # keeps the scale of an all-zero key finite
 def hadamard_reference(x: torch.Tensor) -> torch.Tensor:
     dim = x.shape[-1]
     block = dim & -dim
-    y = x.float().reshape(-1, dim // block, block)
+    y = x.float()
     half = 1
     while half < block:
-        pairs = y.reshape(-1, dim // block, block // (2 * half), 2, half)
-        y = torch.stack((pairs[..., 0, :] + pairs[..., 1, :], pairs[..., 0, :] - pairs[..., 1, :]), dim=-2)
+        even, odd = y.unflatten(-1, (dim // (2 * half), 2, half)).unbind(-2)
+        y = torch.stack((even + odd, even - odd), dim=-2).flatten(-3)
         half *= 2
-    return y.reshape(x.shape) * block**-0.5
+    return y * block**-0.5
 
 
 def encode_index_rows_reference(keys_NI: torch.Tensor) -> torch.Tensor:
