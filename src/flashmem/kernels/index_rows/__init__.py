@@ -26,6 +26,8 @@ def encode_index_rows(keys_NI: torch.Tensor) -> torch.Tensor:
     """Pack unrotated index keys [..., I] into rows uint8 [..., I + 4]."""
     if not keys_NI.is_floating_point():
         raise ValueError(f"index keys must be floating point, got {keys_NI.dtype}")
+    if not keys_NI.numel():  # torch cannot reinterpret the bytes of an empty tensor
+        return keys_NI.new_empty((*keys_NI.shape[:-1], keys_NI.shape[-1] + SCALE_BYTES), dtype=torch.uint8)
     return encode_index_rows_reference(keys_NI)
 
 
@@ -33,6 +35,8 @@ def decode_index_rows(rows_NR: torch.Tensor) -> torch.Tensor:
     """Unpack rows uint8 [..., I + 4] into float32 keys [..., I], still in the Hadamard basis."""
     if rows_NR.dtype is not torch.uint8 or rows_NR.shape[-1] <= SCALE_BYTES:
         raise ValueError(f"rows must be uint8 [..., I + 4], got {rows_NR.dtype} {tuple(rows_NR.shape)}")
+    if not rows_NR.numel():
+        return rows_NR.new_empty((*rows_NR.shape[:-1], rows_NR.shape[-1] - SCALE_BYTES), dtype=torch.float32)
     return decode_index_rows_reference(rows_NR)
 
 
