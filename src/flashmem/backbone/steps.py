@@ -166,6 +166,20 @@ class PrefillStep:
         return (lambda lo, hi: (entries_ND, index_N < visible_S[lo:hi, None])), total
 
 
+class BatchPrefillStep:
+    """The same number of tokens of each of several sessions, one session after the other in every layer."""
+
+    def __init__(self, steps: Sequence[PrefillStep]) -> None:
+        self.steps = list(steps)
+
+    def attend(self, attention, hidden, q_residual, q, kv, rope):  # type: ignore[no-untyped-def]
+        cos, sin = (x.expand(len(self.steps), -1, -1) for x in rope)
+        return torch.cat([
+            step.attend(attention, *(x[i : i + 1] for x in (hidden, q_residual, q, kv)), (cos[i : i + 1], sin[i : i + 1]))
+            for i, step in enumerate(self.steps)
+        ])  # fmt: skip
+
+
 def _key_tiles(history: LayerHistory) -> Iterator[tuple[int, torch.Tensor]]:
     for first in range(0, history.num_chunks, KEY_TILE):
         yield first, history.keys(first, min(first + KEY_TILE, history.num_chunks))
