@@ -205,7 +205,7 @@ class LSAConfig:
     """What a user chooses about Lookahead Sparse Attention."""
 
     policy: Any = "lsa"
-    """A name ('lsa', 'all', 'recency', 'random', 'carry-over', 'native') or an object with the protocol `types.Policy`."""
+    """'lsa', 'all', 'recency', 'random', 'carry-over', 'native', or an object with the protocol `types.Policy`."""
     page_chunks: int = 64
     """Chunks per page, a power of two from 4; 64 chunks are 256 tokens."""
     tau: int = 64
