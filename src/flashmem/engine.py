@@ -6,12 +6,12 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from . import accounting
-from .backbone import Backbone, StatePool
+from .backbone import Backbone, StatePool, load_model
 from .backbone.steps import DecodeStep, PickObserver, PrefillStep
 from .config import LSAConfig
 from .indexer import MemoryIndexer
@@ -22,7 +22,7 @@ from .policy import make_policy
 from .store import PageStore, RecordLayout
 from .types import DamagedError, FlashmemError
 
-_FORMAT_OF_DTYPE = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+_FORMAT_OF_DTYPE: dict[torch.dtype, Literal["fp32", "bf16"]] = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 _SAMPLES_PER_TENSOR = 64  # elements of every weight that enter a model's fingerprint
 
 
@@ -108,23 +108,14 @@ class Engine:
         `model_arguments` go to transformers' `from_pretrained` (quantization_config, revision, max_memory, ...).
         An `indexer/` folder in a local model directory is used where no indexer is given.
         """
-        from transformers import AutoTokenizer, DeepseekV4ForCausalLM
-
-        if device is not None and device_map is not None:
-            raise ValueError("give device or device_map, not both")
-        local = Path(model_dir)
-        if local.is_dir():
-            if not (local / "config.json").is_file():
-                raise ValueError(f"{local} is no model directory: it has no config.json")
-            if indexer is None and (local / "indexer").is_dir():
-                indexer = local / "indexer"
+        bundled = Path(model_dir) / "indexer"
+        if indexer is None and bundled.is_dir():
+            indexer = bundled
         if isinstance(indexer, str | Path):
             indexer = MemoryIndexer.from_pretrained(indexer)
-        model = DeepseekV4ForCausalLM.from_pretrained(model_dir, dtype=dtype, device_map=device_map, **model_arguments)
-        if device_map is None:
-            model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        has_tokenizer = not local.is_dir() or any(local.glob("tokenizer*"))
-        tokenizer = AutoTokenizer.from_pretrained(model_dir) if has_tokenizer else None
+        model, tokenizer = load_model(
+            model_dir, device=device, dtype=dtype, device_map=device_map, **model_arguments
+        )  # fmt: skip
         return cls(model, tokenizer, indexer=indexer, config=config)
 
     def session(self) -> Session:
@@ -149,7 +140,7 @@ class Engine:
             raise
         return session
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def decode(self, sessions: Sequence[Session], tokens: Sequence[int]) -> torch.Tensor:
         """Run one token of each session, of whatever lengths, in one batch; returns float32 logits [B, V].
 
@@ -346,21 +337,16 @@ class Session:
 
     def stats(self) -> dict[str, Any]:
         """Bytes per tier and in the paper's accounting, cycles, pages and bytes moved, misses and fallbacks."""
-        g, layout, cycle, traffic = self.engine.geometry, self.engine.layout, self.cycle.stats, self.pages.traffic
-        resident_chunks = sum(
-            min(layout.page_chunks, self.pages.num_chunks - page * layout.page_chunks) for page in self.pages.resident
-        )
-        paper = accounting.paper_bytes(
-            g, layout.kv_format, chunks=self.pages.num_chunks, resident_chunks=resident_chunks,
-            hca_entries=self.state.num_hca_entries(),
-        )  # fmt: skip
-        tiers = self.pages.tier_bytes()
+        layout, cycle, traffic = self.engine.layout, self.cycle.stats, self.pages.traffic
+        report, tiers = self.report(), self.pages.tier_bytes()
         return {
             "tokens": self.state.position,
-            "pages": self.pages.num_pages,
-            "resident_pages": len(self.pages.resident),
-            "resident_bytes_paper": paper.resident_bytes,
-            "full_bytes_paper": paper.full_bytes,
+            "pages": report.num_pages,
+            "resident_pages": report.resident_pages,
+            "resident_bytes_paper": report.paper.resident_bytes,
+            "full_bytes_paper": report.paper.full_bytes,
+            "device_bytes_all_in": report.all_in.device_bytes,
+            "full_bytes_all_in": report.all_in.full_bytes,
             "tiers": {name: {"pages": tier.pages, "bytes": tier.bytes} for name, tier in tiers.items()},
             "state_bytes": self.state.nbytes(),
             "index_row_bytes": sum(self.pages.index_rows(layer).nbytes for layer in layout.target_layers),
@@ -377,6 +363,26 @@ class Session:
             "widened": cycle.widened,
             "early": cycle.early,
         }
+
+    def report(self) -> accounting.KVReport:
+        """The accounting formulas at this session's measured page counts and capacities."""
+        engine, tiers = self.engine, self.pages.tier_bytes()
+        capacities = [len(rows.data) for rows in self.state.entries.values()]
+        return accounting.kv_report(
+            engine.geometry,
+            self.state.position,
+            kv_format=engine.layout.kv_format,
+            state_format=_FORMAT_OF_DTYPE[engine.backbone.dtype],
+            page_chunks=engine.layout.page_chunks,
+            num_targets=len(engine.layout.target_layers),
+            observation_window=engine.states.observation_window,
+            resident_pages=len(self.pages.resident),
+            host_pages=tiers["host"].pages,
+            disk_pages=tiers["disk"].pages,
+            hca_capacity=capacities[0] if capacities else None,
+            row_capacity=self.pages.index_row_bytes
+            // (len(engine.layout.target_layers) * (engine.geometry.index_head_dim + 4)),
+        )
 
     def save(self, path: str | Path) -> None:
         """Write a memory directory, atomically replacing an older one; `Engine.open` continues from it."""
@@ -418,14 +424,14 @@ class Session:
         assert self.pages.num_chunks == self.state.position // self.engine.geometry.csa_ratio
         assert self.state.position in (len(self.ids), max(0, len(self.ids) - 1))
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def _run(self, ids: list[int], on_progress: Callable[[int, int], None] | None = None) -> None:
         """Prefill ids that follow the position; they replace what of `self.ids` has not run."""
         engine, first = self.engine, self.state.position
         engine._check_tokens(ids, first)
         chunks = (first + len(ids)) // engine.geometry.csa_ratio
         self.cycle.admit(chunks)
-        self.pages.admit(chunks - self.pages.num_chunks)
+        self.pages.ensure_room(chunks - self.pages.num_chunks)
         del self.ids[first:]
         logits = None
         for start in range(0, len(ids), engine.config.prefill_chunk):
@@ -500,7 +506,7 @@ class Session:
         if values["policy"] == self.engine.policy.name:
             self.cycle.load(values["cycle"])
         elif self.ids:
-            with torch.inference_mode():
+            with torch.no_grad():
                 self.cycle.settle()
 
 

@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-from plain_pages import PlainBatch, PlainPages
+from support.plain_pages import PlainBatch, PlainPages
 
 from flashmem.backbone import Backbone, SessionState, StatePool, random_model
 from flashmem.backbone.steps import DecodeStep, PrefillStep

@@ -4,7 +4,8 @@ Pages are read and written through the protocols of `types`; this folder does no
 """
 
 from .adapter import Backbone, LSAAttention
+from .load import load_model
 from .state import SessionState, StatePool
 from .twin import random_model
 
-__all__ = ["Backbone", "LSAAttention", "SessionState", "StatePool", "random_model"]
+__all__ = ["Backbone", "LSAAttention", "SessionState", "StatePool", "load_model", "random_model"]

@@ -12,7 +12,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-import transformers
 from transformers.models.deepseek_v4 import modeling_deepseek_v4 as stock
 
 from ..config import ModelGeometry
@@ -106,6 +105,3 @@ class Backbone:
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         return self.model.lm_head(hidden).float()
 
-
-def transformers_version() -> str:
-    return transformers.__version__
