@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import DeepseekV4Config, DeepseekV4ForCausalLM
 
+
 def _tiny_config(**changes: object) -> DeepseekV4Config:
     """Five layers of which three are CSA; 16 index heads, so that ReLU scores do not tie at zero."""
     csa, hca, window = "compressed_sparse_attention", "heavily_compressed_attention", "sliding_attention"

@@ -12,7 +12,14 @@ from transformers import DeepseekV4ForCausalLM
 from flashmem.indexer import MemoryIndexer
 from flashmem.kernels.index_rows import encode_index_rows
 
-YARN = {"rope_type": "yarn", "factor": 16.0, "original_max_position_embeddings": 65_536, "beta_fast": 32, "beta_slow": 1}
+YARN = {
+    "rope_type": "yarn",
+    "factor": 16.0,
+    "original_max_position_embeddings": 65_536,
+    "beta_fast": 32,
+    "beta_slow": 1,
+}
+
 
 def record(model: DeepseekV4ForCausalLM, layers: tuple[int, ...], tokens: int = 61) -> dict[int, dict]:
     """Run a prompt; per transformer layer the attention's input [S, E], index keys [N, I] and scores [S, N]."""

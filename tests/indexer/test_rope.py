@@ -7,7 +7,13 @@ from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4Rotar
 from flashmem.config import ModelGeometry, RopeConfig
 from flashmem.indexer import MAX_POSITION, PUBLISHED_ROPE, apply_rope, rope_frequencies, rotate_interleaved
 
-YARN = {"rope_type": "yarn", "factor": 16.0, "original_max_position_embeddings": 65_536, "beta_fast": 32, "beta_slow": 1}
+YARN = {
+    "rope_type": "yarn",
+    "factor": 16.0,
+    "original_max_position_embeddings": 65_536,
+    "beta_fast": 32,
+    "beta_slow": 1,
+}
 FLASH = {"head_dim": 512, "qk_rope_head_dim": 64, "index_head_dim": 128, "max_position_embeddings": 1_048_576}
 
 

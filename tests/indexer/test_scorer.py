@@ -101,9 +101,9 @@ def test_ensemble_runs_over_layers_and_tokens_alike(tokens: int) -> None:
     torch.testing.assert_close(indexer.chunk_logits(hidden, keys, positions), alone.amax(0) + 0.75)
     mean = indexer.chunk_logits(hidden, keys, positions, ensemble="mean")
     torch.testing.assert_close(mean, alone.mean(0) + 0.75)
-    assert torch.equal(make_indexer(replace(SMALL, logit_offset=0.75, ensemble="mean")).chunk_logits(
-        hidden, keys, positions
-    ), mean)
+    assert torch.equal(
+        make_indexer(replace(SMALL, logit_offset=0.75, ensemble="mean")).chunk_logits(hidden, keys, positions), mean
+    )
     torch.testing.assert_close(indexer.probability(torch.tensor([0.0, 100.0])), torch.tensor([0.5, 1.0]))
 
 
