@@ -262,7 +262,10 @@ class DecodeStep:
 
     def _completing(self, ratio: int, device: torch.device) -> torch.Tensor:
         """Batch rows whose token completes a window."""
-        return (((self.positions + 1) % ratio) == 0).nonzero()[:, 0].to(device)
+        return self._completing_rows(ratio).to(device)
+
+    def _completing_rows(self, ratio: int) -> torch.Tensor:
+        return (((self.positions + 1) % ratio) == 0).nonzero()[:, 0]  # on the CPU: no sync with a GPU
 
     def _csa_set(
         self, compressor: Any, layer: int, hidden_BE: torch.Tensor, q_residual: torch.Tensor,
@@ -305,7 +308,7 @@ class DecodeStep:
         if len(rows):
             starts = self._index(kv.device)[1][rows] + 1 - ratio  # a multiple of the ring's size: in order
             new = encode_rows(spec, pool_plain(compressor, kv[rows], gate[rows], starts))
-            for row, encoded in zip(rows.tolist(), new, strict=True):
+            for row, encoded in zip(self._completing_rows(ratio).tolist(), new, strict=True):
                 state = self.states[row]
                 state.entries[layer].put(state.position // ratio, encoded[None])
         counts = ((self.positions + 1) // ratio).tolist()
