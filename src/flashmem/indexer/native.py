@@ -78,7 +78,9 @@ def _widen(
     wq_a_RE[:old_rank] = wq_a_rE
     norm_R = norm_r.new_full((rank,), float(norm_r.abs().mean()))
     norm_R[:old_rank] = norm_r
-    random_YR = torch.randn(heads * head_dim, rank, generator=generator, device="cpu") * float(wq_b_Xr.std(correction=0))
+    random_YR = torch.randn(heads * head_dim, rank, generator=generator, device="cpu") * float(
+        wq_b_Xr.std(correction=0)
+    )
     wq_b_YR = random_YR.to(wq_b_Xr.device)
     wq_b_YR[: old_heads * head_dim, :old_rank] = wq_b_Xr
     weights_HE = weights_hE.new_zeros(heads, hidden)
