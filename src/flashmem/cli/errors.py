@@ -33,12 +33,13 @@ class ReportingGroup(TyperGroup):
         prog_name: str | None = None,
         complete_var: str | None = None,
         standalone_mode: bool = True,
+        windows_expand_args: bool = True,
         **extra: Any,
     ) -> Any:
         if not standalone_mode:
-            return super().main(args, prog_name, complete_var, False, **extra)
+            return super().main(args, prog_name, complete_var, False, windows_expand_args, **extra)
         try:
-            status = super().main(args, prog_name, complete_var, False, **extra)
+            status = super().main(args, prog_name, complete_var, False, windows_expand_args, **extra)
         except typer.Abort:
             _report("aborted")
             sys.exit(1)

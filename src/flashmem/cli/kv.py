@@ -80,7 +80,7 @@ def report(
         state_format=state_format,
         page_chunks=lsa.page_chunks,
         num_targets=num_targets,
-        observation_window=lsa.observation_window,
+        observation_window=lsa.observation_window or 1,  # 1 as published
         sink_pages=lsa.sink_pages,
         recency_pages=lsa.recency_pages,
     )
@@ -90,7 +90,7 @@ def report(
         resident_chunks=kv.resident_chunks,
         tau=lsa.tau,
         num_targets=num_targets,
-        observation_window=lsa.observation_window,
+        observation_window=lsa.observation_window or 1,  # 1 as published
     )
     return kv, flops
 
