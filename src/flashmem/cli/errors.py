@@ -9,7 +9,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from ..types import FlashmemError
+import flashmem
 
 BAD_INPUT = 2
 _UsageError: Any = typer.BadParameter.__base__  # typer has its own or click's, by version, and does not export it
@@ -23,7 +23,7 @@ class ReportingGroup(TyperGroup):
             return super().invoke(ctx)
         except BrokenPipeError:
             raise  # the reader of stdout has gone; nobody is there to be told
-        except (ValueError, FlashmemError, OSError) as error:
+        except (ValueError, flashmem.FlashmemError, OSError) as error:
             _report(str(error) or type(error).__name__)
             raise typer.Exit(BAD_INPUT) from error
 
