@@ -56,7 +56,12 @@ def save_memory(
     directory = Path(directory)
     if directory.exists() and not directory.is_dir():
         raise ValueError(f"{directory} is a file; a memory is a directory")
-    if directory.is_dir() and any(directory.iterdir()) and not _data_files(directory) and not _manifest(directory).exists():
+    if (
+        directory.is_dir()
+        and any(directory.iterdir())
+        and not _data_files(directory)
+        and not _manifest(directory).exists()
+    ):
         raise ValueError(f"{directory} is a directory that holds something other than a memory")
     directory.mkdir(parents=True, exist_ok=True)
     name = secrets.token_hex(8)
@@ -106,7 +111,9 @@ def read_manifest(directory: str | Path) -> dict[str, Any]:
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise DamagedError(f"{path} is not the manifest of a flashmem memory")
     if manifest.get("version") != FORMAT_VERSION:
-        raise DamagedError(f"{path} has format version {manifest.get('version')!r}; this flashmem reads {FORMAT_VERSION}")
+        raise DamagedError(
+            f"{path} has format version {manifest.get('version')!r}; this flashmem reads {FORMAT_VERSION}"
+        )
     if manifest.pop("sha256", None) != _digest(manifest):
         raise DamagedError(f"{path} is damaged: its checksum does not fit")
     return manifest
@@ -137,9 +144,7 @@ def open_memory(directory: str | Path) -> SavedMemory:
     return SavedMemory(manifest["session"], state, records)
 
 
-def _write_records(
-    path: Path, records: Iterator[torch.Tensor], count: int, record_bytes: int
-) -> tuple[int, list[int]]:
+def _write_records(path: Path, records: Iterator[torch.Tensor], count: int, record_bytes: int) -> tuple[int, list[int]]:
     """Stream records into a safetensors file of one tensor; returns the offset of its data and the records' crc32."""
     entry = {"dtype": "U8", "shape": [count, record_bytes], "data_offsets": [0, count * record_bytes]}
     header = json.dumps({_RECORDS: entry}).encode()

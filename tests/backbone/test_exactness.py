@@ -6,11 +6,11 @@ import itertools
 
 import pytest
 import torch
-from support.plain_pages import PlainBatch, PlainPages
 
 from flashmem.backbone import Backbone, SessionState, StatePool, random_model
 from flashmem.backbone.steps import DecodeStep, PrefillStep
 from flashmem.kernels.kv_codec import KVFormatSpec
+from support.plain_pages import PlainBatch, PlainPages
 
 GEOMETRIES = {
     "four-csa": {"layers": "WCHCHCC", "seed": 1},
@@ -19,9 +19,14 @@ GEOMETRIES = {
     "yarn": {
         "layers": "HCWC",
         "seed": 4,
-        "rope_parameters": {"rope_type": "yarn", "factor": 16, "original_max_position_embeddings": 64,
-                            "beta_fast": 32, "beta_slow": 1},
-    },  # fmt: skip
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "factor": 16,
+            "original_max_position_embeddings": 64,
+            "beta_fast": 32,
+            "beta_slow": 1,
+        },
+    },
 }
 
 

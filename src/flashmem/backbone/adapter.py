@@ -23,7 +23,7 @@ class LSAAttention(stock.DeepseekV4Attention):
 
     def forward(self, hidden_states, position_embeddings, position_ids, attention_mask=None, *args, **kwargs):  # type: ignore[no-untyped-def]
         cache = args[0] if args else kwargs.get("cache", kwargs.get("past_key_values"))
-        if not hasattr(cache, "step"):
+        if cache is None or not hasattr(cache, "step"):
             return super().forward(hidden_states, position_embeddings, position_ids, attention_mask, *args, **kwargs)
         if cache.step is None:
             raise RuntimeError("this cache has no forward in progress: call the model that flashmem is attached to")
@@ -51,14 +51,16 @@ class Backbone:
                 raise ValueError(f"layer {attention.layer_idx} has {type(attention).__name__}: already attached?")
             if "forward" in attention.__dict__:
                 raise ValueError(
-                    f"layer {attention.layer_idx} is offloaded by accelerate hooks; use a device_map without cpu or disk"
+                    f"layer {attention.layer_idx} is offloaded by accelerate hooks; keep cpu and disk out of device_map"
                 )
         self.model = model.eval()
         self.geometry = ModelGeometry.from_mapping(model.config.to_dict())
         self.dtype: torch.dtype = model.model.embed_tokens.weight.dtype
         self.device_of_layer = {a.layer_idx: a.sinks.device for a in attentions}
         self.input_device: torch.device = model.model.embed_tokens.weight.device
-        self.cache_argument = "cache" if "cache" in inspect.signature(model.model.forward).parameters else "past_key_values"
+        self.cache_argument = (
+            "cache" if "cache" in inspect.signature(model.model.forward).parameters else "past_key_values"
+        )
         self._keep_norms_in_dtype()
         for attention in attentions:
             attention.__class__ = LSAAttention
@@ -104,4 +106,3 @@ class Backbone:
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         return self.model.lm_head(hidden).float()
-

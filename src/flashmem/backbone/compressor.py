@@ -20,9 +20,7 @@ def project(module: Any, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
     return module.kv_proj(hidden), module.gate_proj(hidden)
 
 
-def pool_overlapping(
-    module: Any, kv: torch.Tensor, gate: torch.Tensor, positions_N: torch.Tensor
-) -> torch.Tensor:
+def pool_overlapping(module: Any, kv: torch.Tensor, gate: torch.Tensor, positions_N: torch.Tensor) -> torch.Tensor:
     """CSA entries [N, D] of windows that start at `positions_N`.
 
     kv and gate are [N, 2R, 2D]: the previous window's tokens, then the window's own. A window that starts at position 0

@@ -58,7 +58,15 @@ class PrefillStep:
         self.updates: list[tuple[int, str, torch.Tensor, torch.Tensor]] = []
         self.new_entries: list[tuple[int, int, torch.Tensor]] = []
 
-    def attend(self, attention, hidden, q_residual, q, kv, rope):  # type: ignore[no-untyped-def]
+    def attend(
+        self,
+        attention: Any,
+        hidden: torch.Tensor,
+        q_residual: torch.Tensor,
+        q: torch.Tensor,
+        kv: torch.Tensor,
+        rope: tuple[torch.Tensor, torch.Tensor],
+    ) -> torch.Tensor:
         layer = attention.layer_idx
         g = self.pool.geometry
         if layer in self.pool.target_layers:
@@ -106,17 +114,19 @@ class PrefillStep:
         ratio, (kv, gate) = module.compress_rate, project(module, hidden_SE)
         past = self.first - max(0, (first_chunk - 1) * ratio)  # back to the previous window's first token
         positions = torch.arange(first_chunk, first_chunk + chunks, device=kv.device) * ratio
-        pieces = []
+        windows = []
         for name, new in ((f"{prefix}kv", kv), (f"{prefix}gate", gate)):
             tokens, _ = self._with_past(layer, name, new, past)
             if first_chunk == 0:  # no previous window: any tokens do, their gates are masked
                 tokens = torch.cat((tokens.new_zeros(ratio, tokens.shape[1]), tokens))
-            windows = tokens[: (chunks + 1) * ratio].unflatten(0, (chunks + 1, ratio)) if chunks else tokens[:0]
-            pieces.append(torch.cat((windows[:-1], windows[1:]), dim=1) if chunks else None)
+            split = (
+                tokens[: (chunks + 1) * ratio].unflatten(0, (-1, ratio)) if chunks else tokens.new_empty(0, ratio, 1)
+            )
+            windows.append(torch.cat((split[:-1], split[1:]), dim=1))
             self._remember(layer, name, new)
         if not chunks:
             return kv.new_empty(0, module.head_dim)
-        return pool_overlapping(module, pieces[0], pieces[1], positions)
+        return pool_overlapping(module, windows[0], windows[1], positions)
 
     def _csa_entries(
         self, compressor: Any, layer: int, hidden: torch.Tensor, q_residual: torch.Tensor,
@@ -147,16 +157,16 @@ class PrefillStep:
         ratio, spec = self.pool.geometry.hca_ratio, self.pool.hca_format
         first_entry, total = self.first // ratio, self.end // ratio
         past = self.first - first_entry * ratio
-        pieces = []
+        windows = []
         for name, new in zip(("kv", "gate"), project(compressor, hidden[0]), strict=True):
             tokens, _ = self._with_past(layer, name, new, past)
-            pieces.append(tokens[: (total - first_entry) * ratio].unflatten(0, (total - first_entry, ratio))
-                          if total > first_entry else None)  # fmt: skip
+            windows.append(tokens[: (total - first_entry) * ratio])
             self._remember(layer, name, new)
         old = self.state.entries[layer].get(first_entry)
         if total > first_entry:
+            kv, gate = (tokens.unflatten(0, (-1, ratio)) for tokens in windows)
             positions = torch.arange(first_entry, total, device=hidden.device) * ratio
-            new_rows = encode_rows(spec, pool_plain(compressor, pieces[0], pieces[1], positions))
+            new_rows = encode_rows(spec, pool_plain(compressor, kv, gate, positions))
             self.new_entries.append((layer, first_entry, new_rows))
             old = torch.cat((old, new_rows))
         if total == 0:
@@ -172,12 +182,23 @@ class BatchPrefillStep:
     def __init__(self, steps: Sequence[PrefillStep]) -> None:
         self.steps = list(steps)
 
-    def attend(self, attention, hidden, q_residual, q, kv, rope):  # type: ignore[no-untyped-def]
+    def attend(
+        self,
+        attention: Any,
+        hidden: torch.Tensor,
+        q_residual: torch.Tensor,
+        q: torch.Tensor,
+        kv: torch.Tensor,
+        rope: tuple[torch.Tensor, torch.Tensor],
+    ) -> torch.Tensor:
         cos, sin = (x.expand(len(self.steps), -1, -1) for x in rope)
-        return torch.cat([
-            step.attend(attention, *(x[i : i + 1] for x in (hidden, q_residual, q, kv)), (cos[i : i + 1], sin[i : i + 1]))
-            for i, step in enumerate(self.steps)
-        ])  # fmt: skip
+        rows = [slice(i, i + 1) for i in range(len(self.steps))]
+        return torch.cat(
+            [
+                step.attend(attention, hidden[i], q_residual[i], q[i], kv[i], (cos[i], sin[i]))
+                for step, i in zip(self.steps, rows, strict=True)
+            ]
+        )
 
 
 def _key_tiles(history: LayerHistory) -> Iterator[tuple[int, torch.Tensor]]:
@@ -200,7 +221,15 @@ class DecodeStep:
         self.positions = torch.tensor([state.position for state in states])
         self._by_device: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
 
-    def attend(self, attention, hidden, q_residual, q, kv, rope):  # type: ignore[no-untyped-def]
+    def attend(
+        self,
+        attention: Any,
+        hidden: torch.Tensor,
+        q_residual: torch.Tensor,
+        q: torch.Tensor,
+        kv: torch.Tensor,
+        rope: tuple[torch.Tensor, torch.Tensor],
+    ) -> torch.Tensor:
         layer, g = attention.layer_idx, self.pool.geometry
         hidden, kv = hidden[:, 0], kv[:, 0]
         if layer in self.pool.target_layers:
@@ -233,7 +262,10 @@ class DecodeStep:
 
     def _completing(self, ratio: int, device: torch.device) -> torch.Tensor:
         """Batch rows whose token completes a window."""
-        return (((self.positions + 1) % ratio) == 0).nonzero()[:, 0].to(device)
+        return self._completing_rows(ratio).to(device)
+
+    def _completing_rows(self, ratio: int) -> torch.Tensor:
+        return (((self.positions + 1) % ratio) == 0).nonzero()[:, 0]  # on the CPU: no sync with a GPU
 
     def _csa_set(
         self, compressor: Any, layer: int, hidden_BE: torch.Tensor, q_residual: torch.Tensor,
@@ -276,7 +308,7 @@ class DecodeStep:
         if len(rows):
             starts = self._index(kv.device)[1][rows] + 1 - ratio  # a multiple of the ring's size: in order
             new = encode_rows(spec, pool_plain(compressor, kv[rows], gate[rows], starts))
-            for row, encoded in zip(rows.tolist(), new, strict=True):
+            for row, encoded in zip(self._completing_rows(ratio).tolist(), new, strict=True):
                 state = self.states[row]
                 state.entries[layer].put(state.position // ratio, encoded[None])
         counts = ((self.positions + 1) // ratio).tolist()

@@ -58,7 +58,7 @@ def random_model(layers: str = "WCHC", *, seed: int = 0, dtype: torch.dtype = to
             if name.endswith("tid2eid"):
                 routes = torch.rand(config.vocab_size, config.n_routed_experts, generator=generator).argsort(1)
                 tensor.copy_(routes[:, : config.num_experts_per_tok])
-            elif name.endswith("inv_freq") or "correction_bias" in name or "norm" in name or name.endswith("scale"):
+            elif name.endswith(("inv_freq", "scale", "correction_bias")) or "norm" in name:
                 continue
             else:
                 spread = 1.0 if tensor.dim() < 2 or "position_bias" in name else tensor.shape[-1] ** -0.5

@@ -13,6 +13,7 @@ import logging
 import os
 import pickle
 import re
+import struct
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -35,7 +36,19 @@ _KEY = re.compile(r"retrievers\.l(\d+)\.(" + "|".join(re.escape(part) for part i
 _NESTED = ("model", "state_dict", "model_state")
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # what torch.load raises on bytes that are no checkpoint, a cut one, or one with objects other than tensors
-_LOAD_ERRORS = (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError)
+_LOAD_ERRORS = (
+    pickle.UnpicklingError,
+    RuntimeError,
+    OSError,
+    EOFError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    AssertionError,
+    OverflowError,
+    struct.error,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,10 +150,10 @@ def write_checkpoint(directory: str | Path, tensors: Mapping[str, torch.Tensor],
     directory.mkdir(parents=True, exist_ok=True)
     plain = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
     values = config.to_mapping()
-    digest = digest_tensors(plain)
-    metadata = {"format": "pt", "flashmem_config": json.dumps(values), "weights_sha256": digest}
+    digest = _checksum(json.dumps(values), plain)
+    metadata = {"format": "pt", "flashmem_config": json.dumps(values), "flashmem_sha256": digest}
     _replace(directory / WEIGHTS_NAME, lambda temporary: save_file(plain, temporary, metadata=metadata))
-    text = json.dumps({"format": "flashmem-indexer", "weights_sha256": digest, **values}, indent=2) + "\n"
+    text = json.dumps({"format": "flashmem-indexer", "indexer_sha256": digest, **values}, indent=2) + "\n"
     _replace(directory / CONFIG_NAME, lambda temporary: Path(temporary).write_text(text))
 
 
@@ -152,6 +165,10 @@ def digest_tensors(tensors: Mapping[str, torch.Tensor]) -> str:
         digest.update(f"{key} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
         digest.update(tensor.flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def _checksum(config_text: str, tensors: Mapping[str, torch.Tensor]) -> str:
+    return hashlib.sha256((config_text + digest_tensors(tensors)).encode()).hexdigest()
 
 
 def _read_directory(path: Path) -> Checkpoint:
@@ -168,10 +185,10 @@ def _read_directory(path: Path) -> Checkpoint:
         raise ValueError(f"{config_path} is not JSON: {error}") from error
     if not isinstance(values, dict) or values.pop("format", None) != "flashmem-indexer":
         raise ValueError(f"{config_path} is no indexer config: its 'format' must be 'flashmem-indexer'")
-    described = values.pop("weights_sha256", None)
+    described = values.pop("indexer_sha256", None)
     tensors, metadata = _read_safetensors(weights)
     config = _embedded_config(weights, tensors, metadata)
-    if described == metadata["weights_sha256"]:
+    if described == metadata["flashmem_sha256"]:
         config = _parse_config(config_path, values)
     else:
         log.warning("%s describes other weights (a save was interrupted); using the config in %s", config_path, weights)
@@ -179,10 +196,10 @@ def _read_directory(path: Path) -> Checkpoint:
 
 
 def _embedded_config(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> IndexerConfig:
-    if "flashmem_config" not in metadata or "weights_sha256" not in metadata:
+    if "flashmem_config" not in metadata or "flashmem_sha256" not in metadata:
         raise ValueError(f"{path} carries no flashmem config; was it written by flashmem?")
-    if digest_tensors(tensors) != metadata["weights_sha256"]:
-        raise ValueError(f"{path} is damaged: its tensors do not have the checksum {metadata['weights_sha256']}")
+    if _checksum(metadata["flashmem_config"], tensors) != metadata["flashmem_sha256"]:
+        raise ValueError(f"{path} is damaged: its content does not have the checksum {metadata['flashmem_sha256']}")
     try:
         values = json.loads(metadata["flashmem_config"])
     except json.JSONDecodeError as error:
@@ -209,6 +226,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, st
 
 
 def _read_torch(path: Path) -> dict[str, Any]:
+    path.open("rb").close()  # a file that may not be read is no damaged file
     try:
         values = torch.load(path, map_location="cpu", weights_only=True)
     except _LOAD_ERRORS as error:

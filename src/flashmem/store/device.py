@@ -5,7 +5,7 @@ in model code, the side stream copies records in and out. The rules, which keep 
 
 * A copy into a slot waits for the compute stream as it was when the slot was last given back.
 * Model code may use a slot that was copied in only after `wait` on the ticket of that copy.
-* A slot that is given back carries a ticket of all copies enqueued so far; whoever takes it for model code waits for it.
+* A slot that is given back carries a ticket of all copies enqueued so far; who takes it for model code waits for it.
 
 On CPU devices copies are immediate and tickets empty. Methods must be called from one thread at a time.
 """

@@ -1,6 +1,6 @@
 """Reading a session's whole history in prefill, whatever tier its pages are in.
 
-Shape letters: N = chunks or pages asked for, U = distinct chunks, D = head_dim, I = index_head_dim, C = chunks per page,
+Shape letters: N = chunks or pages asked for, U = distinct chunks, D = head_dim, I = index_head_dim, C = chunks a page,
 E = bytes of a row.
 """
 

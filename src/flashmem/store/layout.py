@@ -146,7 +146,7 @@ class RecordLayout:
 def _with_index(device: torch.device) -> torch.device:
     """ "cuda" and "cuda:0" are one device."""
     device = torch.device(device)
-    if device.type == "cuda" and device.index is None:
+    if str(device) == "cuda":
         return torch.device("cuda", torch.cuda.current_device())
     return device
 

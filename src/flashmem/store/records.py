@@ -36,7 +36,7 @@ class Records:
         return self.slabs[slab][record - self._starts[slab]]
 
     def read(self, region: Region, records_N: torch.Tensor, offsets_N: torch.Tensor | None = None) -> torch.Tensor:
-        """Rows [N, E] of single chunks, or [N, C, E] of whole pages without offsets; record ids are int64 on the CPU."""
+        """Rows [N, E] of single chunks, or [N, C, E] of whole pages without offsets; ids are int64 on the CPU."""
         if not records_N.numel():
             chunks = () if offsets_N is not None else (region.form.page_chunks,)
             return torch.empty((0, *chunks, region.form.row_bytes), dtype=torch.uint8)
