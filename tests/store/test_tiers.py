@@ -104,7 +104,7 @@ def test_full_disk_is_one_clear_error_and_loses_nothing(tmp_path: Path, monkeypa
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "posix_fallocate", full)
-        with pytest.raises(BudgetError, match="no space left in .*bytes needed") as caught:
+        with pytest.raises(BudgetError, match=r"no space left in .*bytes needed") as caught:
             tier.take(1)
     assert caught.value.needed == SIZE and sizes == [2 * SIZE, SIZE]  # first in a larger step
     tier.check()
