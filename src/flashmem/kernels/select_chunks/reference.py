@@ -23,7 +23,7 @@ def lightning_scores_reference(q_BHI: torch.Tensor, w_BH: torch.Tensor, keys: to
 
 
 def rank_keys(scores_BN: torch.Tensor, ids: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
-    """Rank keys [B, N] of chunks `ids`, `NOTHING` where not valid; both may lack the B. Passes over memory cost here."""
+    """Rank keys [B, N] of chunks `ids`, `NOTHING` where not valid; both broadcast. In place: passes are the cost."""
     bits = (scores_BN + 0.0).view(torch.int32)  # + 0.0 makes -0.0 and 0.0 one score
     bits ^= (bits >> 31) & 0x7FFFFFFF
     keys = bits.to(torch.int64)
