@@ -161,7 +161,7 @@ class Engine:
             raise
         self._end_decode(sessions, step)
         for session, token, row in zip(sessions, tokens, logits, strict=True):
-            session.ids = [*session.ids[: session.state.position - 1], token]
+            session.ids[session.state.position - 1 :] = [token]  # in place: no cost that grows with the context
             session.next_logits = row
         return logits
 
