@@ -13,7 +13,8 @@ import pytest
 import torch
 from store_cases import CSA_LAYERS, Chunks, append, make_layout, make_store, random_chunks
 
-from flashmem.store import SessionPages
+from flashmem.store import PageStore, SessionPages
+from flashmem.store.device import _SideStream
 
 pytestmark = [
     pytest.mark.gpu,
@@ -22,6 +23,133 @@ pytestmark = [
 
 PAGE = 64
 CYCLES = 2_000_000  # about a millisecond
+LONG = 100_000_000  # about 60 milliseconds
+
+
+def slow_side_streams(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every group of copies starts late."""
+    current = _SideStream.current
+
+    def late(self: _SideStream) -> object:
+        with current(self):
+            torch.cuda._sleep(LONG // 10)
+        return current(self)
+
+    monkeypatch.setattr(_SideStream, "current", late)
+
+
+def make_cuda_store(slots: int | None) -> PageStore:
+    layout = make_layout(devices=(torch.device("cuda", 0),), page_chunks=PAGE)
+    budget = None if slots is None else slots * layout.record_bytes
+    return make_store(layout, device_budget_bytes=budget, poison=False)
+
+
+def two_pages_at_home(store: PageStore) -> tuple[SessionPages, Chunks]:
+    session, chunks = store.open_session(), Chunks(store.layout, torch.float32)
+    for seed in (0, 1):
+        append(session, chunks, PAGE, torch.Generator().manual_seed(seed))
+        session.evict([])
+    torch.cuda.synchronize()
+    return session, chunks
+
+
+def warm_up() -> None:
+    """First uses of a kernel, of pinned memory and of the pause itself make the host wait."""
+    store = make_cuda_store(None)
+    session, _ = two_pages_at_home(store)
+    read_page(session, [], pause=True)
+    session.prefetch([0])
+    session.cancel_prefetch()
+    store.close()
+    torch.cuda.synchronize()
+
+
+def read_page(session: SessionPages, pages: list[int], *, pause: bool = False) -> torch.Tensor:
+    """KV entries of layer 1 of the live table, which must be `pages`; with a pause the device reads late."""
+    batch = session.store.batch([session])
+    batch.begin([session.num_chunks])
+    picks = torch.arange(len(pages) * PAGE, device="cuda").unsqueeze(0)
+    if pause:
+        torch.cuda._sleep(LONG)
+    return batch.kv(1, picks)[0]
+
+
+def page_of(chunks: Chunks, page: int) -> torch.Tensor:
+    return chunks.kv[1][page * PAGE : (page + 1) * PAGE]
+
+
+def test_flip_makes_the_device_wait_for_the_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    warm_up()
+    session, chunks = two_pages_at_home(make_cuda_store(1))
+    slow_side_streams(monkeypatch)
+    session.prefetch([1])
+    session.flip()
+    assert torch.equal(read_page(session, [1]).cpu(), page_of(chunks, 1))
+
+
+def test_a_copy_in_waits_for_the_last_reader_of_its_slot() -> None:
+    warm_up()
+    session, chunks = two_pages_at_home(make_cuda_store(1))
+    session.prefetch([0])
+    session.flip()
+    torch.cuda.synchronize()
+    kv = read_page(session, [0], pause=True)
+    session.evict([])
+    session.prefetch([1])  # into the slot that is still to be read
+    assert torch.equal(kv.cpu(), page_of(chunks, 0))
+
+
+def test_a_copy_out_waits_for_the_writer_of_its_slot(monkeypatch: pytest.MonkeyPatch) -> None:
+    warm_up()
+    store = make_cuda_store(1)
+    session, chunks = store.open_session(), Chunks(store.layout, torch.float32)
+    write = PageStore.write_entries
+
+    def late(*arguments: object) -> object:
+        torch.cuda._sleep(LONG // 3)
+        return write(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(PageStore, "write_entries", late)
+    append(session, chunks, PAGE, torch.Generator().manual_seed(0))
+    session.evict([])
+    assert torch.equal(session.history(1, PAGE).kv(torch.arange(PAGE, device="cuda")).cpu(), page_of(chunks, 0))
+
+
+def test_a_taken_slot_waits_for_the_copy_out_of_its_last_owner(monkeypatch: pytest.MonkeyPatch) -> None:
+    warm_up()
+    store = make_cuda_store(1)
+    slow_side_streams(monkeypatch)
+    session, chunks = store.open_session(), Chunks(store.layout, torch.float32)
+    for seed in (0, 1):  # the second page takes the slot of the first
+        append(session, chunks, PAGE, torch.Generator().manual_seed(seed))
+        session.evict([])
+    ids = torch.arange(2 * PAGE, device="cuda")
+    assert torch.equal(session.history(1, 2 * PAGE).kv(ids).cpu(), chunks.kv[1])
+
+
+def test_a_taken_slot_waits_for_a_cancelled_copy_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    warm_up()
+    session, chunks = two_pages_at_home(make_cuda_store(1))
+    slow_side_streams(monkeypatch)
+    session.prefetch([0])
+    session.cancel_prefetch()
+    append(session, chunks, PAGE - 1, torch.Generator().manual_seed(2))
+    torch.cuda.synchronize()
+    batch = session.store.batch([session])
+    batch.begin([session.num_chunks])
+    kv = batch.kv(1, torch.arange(PAGE - 1, device="cuda").unsqueeze(0))[0]
+    assert torch.equal(kv.cpu(), chunks.kv[1][2 * PAGE :])
+
+
+def test_growth_waits_for_copies_into_the_old_pool(monkeypatch: pytest.MonkeyPatch) -> None:
+    warm_up()
+    session, chunks = two_pages_at_home(make_cuda_store(None))
+    slow_side_streams(monkeypatch)
+    session.prefetch([0, 1])
+    session.reserve(20 * PAGE)
+    session.flip()
+    session.rollback()
+    assert torch.equal(read_page(session, [0, 1]).cpu(), chunks.kv[1])
 
 
 class Truth:
@@ -68,21 +196,7 @@ class Truth:
                 (batch.keys(layer)[0].flatten(0, 1), self.keys[layer]),
             ):
                 self.wrong += ((got != truth[expected]).any(-1) & there_N).sum()
-                self.compared += int(ids_N.shape[0])
-
-
-def slow_side_streams(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every copy in or out starts a millisecond late."""
-    from flashmem.store.device import _SideStream
-
-    current = _SideStream.current
-
-    def late(self: _SideStream) -> object:
-        with current(self):
-            torch.cuda._sleep(CYCLES)
-        return current(self)
-
-    monkeypatch.setattr(_SideStream, "current", late)
+                self.compared += ids_N.shape[0]
 
 
 @pytest.mark.parametrize("slow", [False, True])

@@ -143,4 +143,11 @@ def merge_rows(count: int, pieces: list[tuple[torch.Tensor, torch.Tensor]]) -> t
     return out
 
 
-__all__ = ["RecordStore", "Records", "merge_rows", "read_rows"]
+def to_device(indices: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Indices from the CPU, without making the host wait for the device."""
+    if device.type == "cuda":
+        return indices.pin_memory().to(device, non_blocking=True)
+    return indices.to(device)
+
+
+__all__ = ["RecordStore", "Records", "merge_rows", "read_rows", "to_device"]
