@@ -6,6 +6,7 @@ Shape letters: N = chunks, D = head_dim, I = index_head_dim.
 
 from __future__ import annotations
 
+import gc
 import random
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from store_cases import CSA_LAYERS, Chunks, append, make_layout, make_store, ran
 
 from flashmem.store import PageStore, SessionPages
 from flashmem.store.device import _SideStream
+from flashmem.store.host import _pin, _unpin
 
 pytestmark = [
     pytest.mark.gpu,
@@ -277,8 +279,29 @@ def test_the_mirror_is_pinned_at_its_exact_size() -> None:
     assert slabs and not store.host.slabs
 
 
+def test_a_mirror_that_nobody_closed_is_unpinned() -> None:
+    pinned = []
+    for _ in range(20):  # addresses come again: pinning one that is still pinned would fail
+        store = make_cuda_store(None)
+        two_pages_at_home(store)
+        pinned.append(store.host.slabs[0].data_ptr())
+        del store
+        gc.collect()
+    assert len(set(pinned)) < len(pinned)
+
+
+def test_memory_that_cannot_be_pinned_is_one_clear_error() -> None:
+    slab = torch.zeros(1 << 16, dtype=torch.uint8)
+    _pin(slab)
+    with pytest.raises(MemoryError, match="pinning 65,536 bytes of host memory failed with CUDA error"):
+        _pin(slab)
+    torch.zeros(1, device="cuda")  # the error does not come up again
+    _unpin([slab])
+
+
 def test_device_bytes_are_the_slots() -> None:
     layout = make_layout(devices=(torch.device("cuda", 0),), page_chunks=PAGE)
+    gc.collect()
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     store = make_store(layout, device_budget_bytes=100 * layout.record_bytes)

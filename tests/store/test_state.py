@@ -390,7 +390,7 @@ def test_random_histories() -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_random_histories_on_cuda() -> None:
-    run(OnCuda, 10, 30, phases=(Phase.generate,))  # shrinking would take minutes
+    run(OnCuda, 30, 50, phases=(Phase.generate,))  # shrinking would take minutes
 
 
 if __name__ == "__main__":
