@@ -99,7 +99,7 @@ class MappedRecords(Records):
     def _verify(self, record: int) -> None:
         if self._verified[record]:
             return
-        if zlib.crc32(memoryview(super().row(record).numpy())) != self._crcs[record]:
+        if zlib.crc32(super().row(record).numpy().data) != self._crcs[record]:
             raise DamagedError(f"{self.path}: page record {record} does not match its checksum")
         self._verified[record] = True
 

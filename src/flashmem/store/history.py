@@ -58,7 +58,7 @@ class History:
         ids_U = wanted.nonzero().squeeze(1).cpu()
         rows_UE = self._read(layout.kv_regions[self._layer], ids_U // layout.page_chunks, ids_U % layout.page_chunks)
         kv_UD = decode_rows(layout.kv_spec, rows_UE, self._store.dtype)
-        place_N = (wanted.cumsum(0) - 1).index_select(0, ids_N).to(self._device)
+        place_N = (wanted.cumsum(0) - 1).index_select(0, ids_N).to(kv_UD.device)
         return kv_UD.index_select(0, place_N).view(*chunk_ids.shape, kv_UD.shape[-1])
 
     def _read(self, region: Region, pages_N: torch.Tensor, offsets_N: torch.Tensor | None) -> torch.Tensor:
@@ -73,8 +73,8 @@ class History:
         for source in sources:
             at = (tiers_N == source).nonzero().squeeze(1)
             offsets = None if offsets_N is None else offsets_N[at]
-            pieces.append((to_device(at, self._device), self._read_source(source, region, pages_N[at], offsets)))
-        return merge_rows(pages_N.shape[0], pieces)
+            pieces.append((at, self._read_source(source, region, pages_N[at], offsets)))
+        return merge_rows(pieces)
 
     def _read_source(
         self, source: int, region: Region, pages_N: torch.Tensor, offsets_N: torch.Tensor | None
@@ -87,7 +87,7 @@ class History:
             return read_rows(region, pool, to_device(self._tables.slots[pages_N], self._device), offsets)
         store.pool.wait_host(store.pool.copied_out)
         rows = self._pages.tier(source).read(region, self._tables.records[pages_N], offsets_N)
-        return rows.to(self._device)
+        return rows if self._device.type == "cpu" else rows.to(self._device)
 
 
 def decode_keys(layout: RecordLayout, rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
