@@ -56,10 +56,19 @@ def two_pages_at_home(store: PageStore) -> tuple[SessionPages, Chunks]:
 
 
 def warm_up() -> None:
-    """First uses of a kernel, of pinned memory and of the pause itself make the host wait."""
-    store = make_cuda_store(None)
+    """Do once what makes the host wait for the whole device the first time: it would hide a missing wait.
+
+    That is loading kernels and allocating pinned memory for indices.
+    """
+    sizes = [2**power for power in range(9)]
+    pinned = [torch.zeros(size, dtype=torch.int64).pin_memory() for size in sizes for _ in range(16)]
+    del pinned
+    store = make_cuda_store(2)
     session, _ = two_pages_at_home(store)
-    read_page(session, [], pause=True)
+    session.prefetch([0, 1])
+    session.flip()
+    read_page(session, [0, 1], pause=True)
+    session.evict([])
     session.prefetch([0])
     session.cancel_prefetch()
     store.close()
