@@ -157,3 +157,23 @@ def test_single_entries(head_dim: int, rope_dim: int) -> None:
     region = torch.zeros(2, form.page_bytes, dtype=torch.uint8)
     put_planar(form, region, torch.tensor([1]), torch.tensor([3]), rows[1:2])
     assert torch.equal(get_planar(form, region, torch.tensor(1), torch.tensor(3)), rows[1])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize(("head_dim", "rope_dim"), SHAPES)
+@pytest.mark.parametrize("kv_format", ["fp32", "bf16", "fp8"])
+def test_cuda_writes_the_same_bytes(kv_format: str, head_dim: int, rope_dim: int) -> None:
+    spec = KVFormatSpec(kv_format, head_dim, rope_dim)
+    form = spec.planar(4)
+    kv = random_entries(500, head_dim)
+    kv[::3, 0] = 448.0 * 2.0 ** (torch.arange(167) % 40 - 20)  # at the edge of a scale
+    rows = encode_rows(spec, kv)
+    assert torch.equal(encode_rows(spec, kv.cuda()).cpu(), rows)
+    assert torch.equal(decode_rows(spec, rows.cuda(), torch.float32).cpu(), decode_rows(spec, rows, torch.float32))
+    region = torch.zeros(125, form.page_bytes + 16, dtype=torch.uint8, device="cuda")[:, : form.page_bytes]
+    order = torch.randperm(500, generator=torch.Generator().manual_seed(1)).cuda()
+    put_planar(form, region, order // 4, order % 4, rows.cuda())
+    assert torch.equal(get_planar(form, region, order // 4, order % 4).cpu(), rows)
+    pages = get_planar_pages(form, region, torch.arange(125, device="cuda"))
+    assert torch.equal(pages[order // 4, order % 4].cpu(), rows)

@@ -92,20 +92,21 @@ class Chunks:
         return other
 
     def append(self, layer: int, kv_ND: torch.Tensor, keys_NI: torch.Tensor) -> None:
-        spec = self.layout.kv_spec
-        stored = decode_rows(spec, encode_rows(spec, kv_ND), self.dtype)
-        rows = encode_index_rows(keys_NI)
+        # encoded on the layer's device: a CUDA scale may differ from the CPU's in its last bit
+        spec, device = self.layout.kv_spec, self.layout.device_of(layer)
+        stored = decode_rows(spec, encode_rows(spec, kv_ND.to(device)), self.dtype).cpu()
+        rows = encode_index_rows(keys_NI.to(device))
         exact = spec.exact_dtype is not None
         keys = keys_NI if exact else decode_index_rows(rows).to(self.dtype)
+        rows, keys = rows.cpu(), keys.cpu()
         self.kv[layer] = torch.cat((self.kv[layer], stored))
         self.keys[layer] = torch.cat((self.keys[layer], keys))
         if layer in self.rows:
             self.rows[layer] = torch.cat((self.rows[layer], rows))
 
-    def cut(self, count: int) -> None:
-        for table in (self.kv, self.keys, self.rows):
-            for layer in table:
-                table[layer] = table[layer][:count]
+    def extend(self, entries: Entries) -> None:
+        for layer, (kv, keys) in entries.items():
+            self.append(layer, kv, keys)
 
 
 def random_chunks(
@@ -117,17 +118,27 @@ def random_chunks(
     return kv.to(dtype), keys.to(dtype)
 
 
-def append(session: SessionPages, chunks: Chunks, count: int, generator: torch.Generator) -> None:
-    """One prefill forward: reserve, write every layer, commit."""
-    session.reserve(count)
-    write(session, chunks, count, generator)
-    session.commit(count)
+Entries = dict[int, tuple[torch.Tensor, torch.Tensor]]
+"""Per layer, on its device: KV entries [N, D] and index keys [N, I]."""
 
 
-def write(session: SessionPages, chunks: Chunks, count: int, generator: torch.Generator) -> None:
-    layout = session.store.layout
+def random_entries(layout: RecordLayout, count: int, dtype: torch.dtype, generator: torch.Generator) -> Entries:
+    entries: Entries = {}
     for layer in layout.csa_layers:
-        kv, keys = random_chunks(layout, count, session.store.dtype, generator)
-        device = session.store.layout.device_of(layer)
-        session.write(layer, kv.to(device), keys.to(device))
-        chunks.append(layer, kv, keys)
+        kv, keys = random_chunks(layout, count, dtype, generator)
+        entries[layer] = (kv.to(layout.device_of(layer)), keys.to(layout.device_of(layer)))
+    return entries
+
+
+def write(session: SessionPages, entries: Entries) -> None:
+    for layer, (kv, keys) in entries.items():
+        session.write(layer, kv, keys)
+
+
+def append(session: SessionPages, chunks: Chunks, count: int, generator: torch.Generator) -> None:
+    """One prefill forward: reserve, write every layer, commit; nothing here waits for a device in between."""
+    entries = random_entries(session.store.layout, count, session.store.dtype, generator)
+    session.reserve(count)
+    write(session, entries)
+    session.commit(count)
+    chunks.extend(entries)

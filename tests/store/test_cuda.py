@@ -6,6 +6,7 @@ Shape letters: N = chunks, D = head_dim, I = index_head_dim.
 
 from __future__ import annotations
 
+import gc
 import random
 from pathlib import Path
 
@@ -13,7 +14,9 @@ import pytest
 import torch
 from store_cases import CSA_LAYERS, Chunks, append, make_layout, make_store, random_chunks
 
-from flashmem.store import SessionPages
+from flashmem.store import PageStore, SessionPages
+from flashmem.store.device import _SideStream
+from flashmem.store.host import _pin, _unpin
 
 pytestmark = [
     pytest.mark.gpu,
@@ -22,6 +25,142 @@ pytestmark = [
 
 PAGE = 64
 CYCLES = 2_000_000  # about a millisecond
+LONG = 100_000_000  # about 60 milliseconds
+
+
+def slow_side_streams(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every group of copies starts late."""
+    current = _SideStream.current
+
+    def late(self: _SideStream) -> object:
+        with current(self):
+            torch.cuda._sleep(LONG // 10)
+        return current(self)
+
+    monkeypatch.setattr(_SideStream, "current", late)
+
+
+def make_cuda_store(slots: int | None) -> PageStore:
+    layout = make_layout(devices=(torch.device("cuda", 0),), page_chunks=PAGE)
+    budget = None if slots is None else slots * layout.record_bytes
+    return make_store(layout, device_budget_bytes=budget, poison=False)
+
+
+def two_pages_at_home(store: PageStore) -> tuple[SessionPages, Chunks]:
+    session, chunks = store.open_session(), Chunks(store.layout, torch.float32)
+    for seed in (0, 1):
+        append(session, chunks, PAGE, torch.Generator().manual_seed(seed))
+        session.evict([])
+    torch.cuda.synchronize()
+    return session, chunks
+
+
+def warm_up() -> None:
+    """Do once what makes the host wait for the whole device the first time: it would hide a missing wait.
+
+    That is loading kernels and allocating pinned memory for indices.
+    """
+    sizes = [2**power for power in range(9)]
+    pinned = [torch.zeros(size, dtype=torch.int64).pin_memory() for size in sizes for _ in range(16)]
+    del pinned
+    store = make_cuda_store(2)
+    session, _ = two_pages_at_home(store)
+    session.prefetch([0, 1])
+    session.flip()
+    read_page(session, [0, 1], pause=True)
+    session.evict([])
+    session.prefetch([0])
+    session.cancel_prefetch()
+    store.close()
+    torch.cuda.synchronize()
+
+
+def read_page(session: SessionPages, pages: list[int], *, pause: bool = False) -> torch.Tensor:
+    """KV entries of layer 1 of the live table, which must be `pages`; with a pause the device reads late."""
+    batch = session.store.batch([session])
+    batch.begin([session.num_chunks])
+    picks = torch.arange(len(pages) * PAGE, device="cuda").unsqueeze(0)
+    if pause:
+        torch.cuda._sleep(LONG)
+    return batch.kv(1, picks)[0]
+
+
+def page_of(chunks: Chunks, page: int) -> torch.Tensor:
+    return chunks.kv[1][page * PAGE : (page + 1) * PAGE]
+
+
+def test_flip_makes_the_device_wait_for_the_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    warm_up()
+    session, chunks = two_pages_at_home(make_cuda_store(1))
+    slow_side_streams(monkeypatch)
+    session.prefetch([1])
+    session.flip()
+    assert torch.equal(read_page(session, [1]).cpu(), page_of(chunks, 1))
+
+
+def test_a_copy_in_waits_for_the_last_reader_of_its_slot() -> None:
+    warm_up()
+    session, chunks = two_pages_at_home(make_cuda_store(1))
+    session.prefetch([0])
+    session.flip()
+    torch.cuda.synchronize()
+    kv = read_page(session, [0], pause=True)
+    session.evict([])
+    session.prefetch([1])  # into the slot that is still to be read
+    assert torch.equal(kv.cpu(), page_of(chunks, 0))
+
+
+def test_a_copy_out_waits_for_the_writer_of_its_slot(monkeypatch: pytest.MonkeyPatch) -> None:
+    warm_up()
+    store = make_cuda_store(1)
+    session, chunks = store.open_session(), Chunks(store.layout, torch.float32)
+    write = PageStore.write_entries
+
+    def late(*arguments: object) -> object:
+        torch.cuda._sleep(LONG // 3)
+        return write(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(PageStore, "write_entries", late)
+    append(session, chunks, PAGE, torch.Generator().manual_seed(0))
+    session.evict([])
+    assert torch.equal(session.history(1, PAGE).kv(torch.arange(PAGE, device="cuda")).cpu(), page_of(chunks, 0))
+
+
+def test_a_taken_slot_waits_for_the_copy_out_of_its_last_owner(monkeypatch: pytest.MonkeyPatch) -> None:
+    warm_up()
+    store = make_cuda_store(1)
+    slow_side_streams(monkeypatch)
+    session, chunks = store.open_session(), Chunks(store.layout, torch.float32)
+    for seed in (0, 1):  # the second page takes the slot of the first
+        append(session, chunks, PAGE, torch.Generator().manual_seed(seed))
+        session.evict([])
+    ids = torch.arange(2 * PAGE, device="cuda")
+    assert torch.equal(session.history(1, 2 * PAGE).kv(ids).cpu(), chunks.kv[1])
+
+
+def test_a_taken_slot_waits_for_a_cancelled_copy_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    warm_up()
+    session, chunks = two_pages_at_home(make_cuda_store(1))
+    slow_side_streams(monkeypatch)
+    session.prefetch([0])
+    session.cancel_prefetch()
+    append(session, chunks, PAGE - 1, torch.Generator().manual_seed(2))
+    torch.cuda.synchronize()
+    batch = session.store.batch([session])
+    batch.begin([session.num_chunks])
+    kv = batch.kv(1, torch.arange(PAGE - 1, device="cuda").unsqueeze(0))[0]
+    assert torch.equal(kv.cpu(), chunks.kv[1][2 * PAGE :])
+
+
+def test_growth_waits_for_copies_into_the_old_pool(monkeypatch: pytest.MonkeyPatch) -> None:
+    warm_up()
+    session, chunks = two_pages_at_home(make_cuda_store(None))
+    slow_side_streams(monkeypatch)
+    session.prefetch([0, 1])
+    session.reserve(20 * PAGE)
+    session.flip()
+    session.rollback()
+    assert torch.equal(read_page(session, [0, 1]).cpu(), chunks.kv[1])
 
 
 class Truth:
@@ -68,21 +207,7 @@ class Truth:
                 (batch.keys(layer)[0].flatten(0, 1), self.keys[layer]),
             ):
                 self.wrong += ((got != truth[expected]).any(-1) & there_N).sum()
-                self.compared += int(ids_N.shape[0])
-
-
-def slow_side_streams(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every copy in or out starts a millisecond late."""
-    from flashmem.store.device import _SideStream
-
-    current = _SideStream.current
-
-    def late(self: _SideStream) -> object:
-        with current(self):
-            torch.cuda._sleep(CYCLES)
-        return current(self)
-
-    monkeypatch.setattr(_SideStream, "current", late)
+                self.compared += ids_N.shape[0]
 
 
 @pytest.mark.parametrize("slow", [False, True])
@@ -163,8 +288,29 @@ def test_the_mirror_is_pinned_at_its_exact_size() -> None:
     assert slabs and not store.host.slabs
 
 
+def test_a_mirror_that_nobody_closed_is_unpinned() -> None:
+    pinned = []
+    for _ in range(20):  # addresses come again: pinning one that is still pinned would fail
+        store = make_cuda_store(None)
+        two_pages_at_home(store)
+        pinned.append(store.host.slabs[0].data_ptr())
+        del store
+        gc.collect()
+    assert len(set(pinned)) < len(pinned)
+
+
+def test_memory_that_cannot_be_pinned_is_one_clear_error() -> None:
+    slab = torch.zeros(1 << 16, dtype=torch.uint8)
+    _pin(slab)
+    with pytest.raises(MemoryError, match="pinning 65,536 bytes of host memory failed with CUDA error"):
+        _pin(slab)
+    torch.zeros(1, device="cuda")  # the error does not come up again
+    _unpin([slab])
+
+
 def test_device_bytes_are_the_slots() -> None:
     layout = make_layout(devices=(torch.device("cuda", 0),), page_chunks=PAGE)
+    gc.collect()
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     store = make_store(layout, device_budget_bytes=100 * layout.record_bytes)

@@ -18,6 +18,7 @@ from store_cases import (
     make_layout,
     make_store,
     random_chunks,
+    random_entries,
     write,
 )
 
@@ -91,9 +92,9 @@ def test_open_page_may_not_be_left_out() -> None:
 
 def test_room_that_was_reserved_is_kept_until_rollback() -> None:
     store = make_store(LAYOUT)
-    session, chunks = filled(store, 1)
+    session, _ = filled(store, 1)
     session.reserve(3 * C)
-    write(session, chunks, 2, torch.Generator().manual_seed(1))
+    write(session, random_entries(LAYOUT, 2, torch.float32, torch.Generator().manual_seed(1)))
     session.commit(2)
     assert (session.num_chunks, session.reserved_chunks) == (3, 3 * C + 1)
     assert session.tier_bytes()["device"].pages == 4 and session.resident == (0,)
@@ -224,7 +225,9 @@ def test_history_of_uncommitted_chunks_is_not_read_from_their_empty_homes() -> N
     session, chunks = filled(store, C + 1)
     session.evict([])
     session.reserve(2 * C)
-    write(session, chunks, 2 * C, torch.Generator().manual_seed(2))
+    entries = random_entries(LAYOUT, 2 * C, torch.float32, torch.Generator().manual_seed(2))
+    write(session, entries)
+    chunks.extend(entries)
     history = session.history(1, 3 * C + 1)
     assert torch.equal(history.kv(torch.arange(3 * C + 1)), chunks.kv[1])
     assert torch.equal(history.keys(1, 3 * C), chunks.keys[1][1 : 3 * C])

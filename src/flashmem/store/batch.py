@@ -14,6 +14,7 @@ import torch
 from flashmem.kernels.kv_codec import decode_rows, get_planar, get_planar_pages
 
 from .history import decode_keys
+from .records import to_device
 
 if TYPE_CHECKING:
     from .tiered import PageStore, SessionPages
@@ -46,8 +47,8 @@ class DecodeBatch:
                 pages_BP[row, : len(table)] = torch.tensor([page for page, _ in table])
                 slots_BP[row, : len(table)] = torch.tensor([slot for _, slot in table])
         devices = self._store.layout.devices
-        self._pages_BP = [pages_BP.to(device) for device in devices]
-        self._slots_BP = [slots_BP.to(device) for device in devices]
+        self._pages_BP = [to_device(pages_BP, device) for device in devices]
+        self._slots_BP = [to_device(slots_BP, device) for device in devices]
         self._versions, self._visible = versions, None
 
     def begin(self, num_chunks_B: Sequence[int] | torch.Tensor) -> None:
@@ -102,8 +103,9 @@ class DecodeBatch:
                 raise ValueError(f"chunk {chunk} is committed; a step writes the chunk it made visible")
         device = store.layout.device_of(layer)
         slots = [session.slot_of(chunk // chunks_per_page) for session, chunk in zip(sessions, chunks, strict=True)]
-        slots_N = torch.tensor(slots, dtype=torch.int64, device=device)
-        offsets_N = torch.tensor([chunk % chunks_per_page for chunk in chunks], dtype=torch.int64, device=device)
+        slots_N = to_device(torch.tensor(slots, dtype=torch.int64), device)
+        offsets = [chunk % chunks_per_page for chunk in chunks]
+        offsets_N = to_device(torch.tensor(offsets, dtype=torch.int64), device)
         index_rows = store.write_entries(layer, slots_N, offsets_N, kv_ND, keys_NI)
         if index_rows is not None:
             for session, chunk, row in zip(sessions, chunks, index_rows, strict=True):
@@ -116,7 +118,7 @@ class DecodeBatch:
         chunks_per_page = self._store.layout.page_chunks
         first_BP1 = (pages_BP * chunks_per_page).unsqueeze(-1)
         ids_BPC = first_BP1 + torch.arange(chunks_per_page, device=pages_BP.device)
-        visible_B11 = torch.tensor(visible, dtype=torch.int64, device=pages_BP.device).view(-1, 1, 1)
+        visible_B11 = to_device(torch.tensor(visible, dtype=torch.int64), pages_BP.device).view(-1, 1, 1)
         there = (first_BP1 >= 0) & (ids_BPC < visible_B11)
         return ids_BPC.masked_fill(~there, -1).flatten(1)
 

@@ -14,7 +14,7 @@ from flashmem.kernels.index_rows import decode_index_rows
 from flashmem.kernels.kv_codec import decode_rows
 
 from .layout import RecordLayout, Region
-from .records import Records, merge_rows, read_rows
+from .records import merge_rows, read_rows, to_device
 
 if TYPE_CHECKING:
     from .tiered import PageTables, SessionPages
@@ -58,38 +58,36 @@ class History:
         ids_U = wanted.nonzero().squeeze(1).cpu()
         rows_UE = self._read(layout.kv_regions[self._layer], ids_U // layout.page_chunks, ids_U % layout.page_chunks)
         kv_UD = decode_rows(layout.kv_spec, rows_UE, self._store.dtype)
-        place_N = (wanted.cumsum(0) - 1).index_select(0, ids_N).to(self._device)
+        place_N = (wanted.cumsum(0) - 1).index_select(0, ids_N).to(kv_UD.device)
         return kv_UD.index_select(0, place_N).view(*chunk_ids.shape, kv_UD.shape[-1])
 
     def _read(self, region: Region, pages_N: torch.Tensor, offsets_N: torch.Tensor | None) -> torch.Tensor:
         """Rows of chunks (or of whole pages), each from the nearest tier that has it, on the layer's device."""
-        slots_N = self._tables.slots[pages_N]
         tiers_N = self._tables.tiers[pages_N]
-        # on a CPU device the mirror is as near as the pool; taking it always leaves one contiguous source
-        from_pool_N = tiers_N < 0 if self._device.type == "cpu" else slots_N >= 0
-        tiers_N = tiers_N.masked_fill(from_pool_N, -1)
+        if self._device.type != "cpu":  # there the mirror is as near as the pool, and often one contiguous source
+            tiers_N = tiers_N.masked_fill(self._tables.slots[pages_N] >= 0, -1)
+        sources = tiers_N.unique().tolist() or [-1]
+        if len(sources) == 1:
+            return self._read_source(sources[0], region, pages_N, offsets_N)
         pieces = []
-        for tier in tiers_N.unique().tolist() or [-1]:
-            at = (tiers_N == tier).nonzero().squeeze(1)
+        for source in sources:
+            at = (tiers_N == source).nonzero().squeeze(1)
             offsets = None if offsets_N is None else offsets_N[at]
-            if tier < 0:
-                rows = self._read_pool(region, slots_N[at], offsets)
-            else:
-                source = self._pages.tier(tier)
-                rows = self._read_home(source, region, self._tables.records[pages_N[at]], offsets)
-            pieces.append((at.to(self._device), rows))
-        return merge_rows(pages_N.shape[0], pieces)
+            pieces.append((at, self._read_source(source, region, pages_N[at], offsets)))
+        return merge_rows(pieces)
 
-    def _read_pool(self, region: Region, slots_N: torch.Tensor, offsets_N: torch.Tensor | None) -> torch.Tensor:
-        pool = region.of_part(self._store.pool.parts[region.part])
-        offsets = None if offsets_N is None else offsets_N.to(self._device)
-        return read_rows(region, pool, slots_N.to(self._device), offsets)
-
-    def _read_home(
-        self, source: Records, region: Region, records_N: torch.Tensor, offsets_N: torch.Tensor | None
+    def _read_source(
+        self, source: int, region: Region, pages_N: torch.Tensor, offsets_N: torch.Tensor | None
     ) -> torch.Tensor:
-        self._store.pool.wait_host(self._store.pool.copied_out)
-        return source.read(region, records_N, offsets_N).to(self._device)
+        """Rows from one tier, or from the device pool (-1)."""
+        store = self._store
+        if source < 0:
+            pool = region.of_part(store.pool.parts[region.part])
+            offsets = None if offsets_N is None else to_device(offsets_N, self._device)
+            return read_rows(region, pool, to_device(self._tables.slots[pages_N], self._device), offsets)
+        store.pool.wait_host(store.pool.copied_out)
+        rows = self._pages.tier(source).read(region, self._tables.records[pages_N], offsets_N)
+        return rows if self._device.type == "cpu" else rows.to(self._device)
 
 
 def decode_keys(layout: RecordLayout, rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import weakref
 from pathlib import Path
 
 import torch
@@ -38,15 +39,16 @@ class HostMirror(RecordStore):
         super().__init__(layout.record_bytes, budget_bytes)
         self.pinned = any(device.type == "cuda" for device in layout.devices)
         self.writer = writer
+        self._pinned_slabs: list[torch.Tensor] = []
+        # also for a mirror that nobody closed: memory must not be unmapped while it is pinned
+        self._unpin = weakref.finalize(self, _unpin, self._pinned_slabs)
         self._shared_dir = None if shared_dir is None else Path(shared_dir)
         if self._shared_dir is not None and not self._shared_dir.is_dir():
             raise ValueError(f"the shared directory of the host mirror does not exist: {shared_dir}")
 
     def close(self) -> None:
         """Unpin and drop all slabs; no copy may be in flight."""
-        if self.pinned:
-            for slab in self.slabs:
-                _check_cuda(torch.cuda.cudart().cudaHostUnregister(slab.data_ptr()), "unpinning", slab.nbytes)
+        self._unpin()
         if self._shared_dir is not None and self.writer:
             for index in range(len(self.slabs)):
                 self._slab_path(index).unlink(missing_ok=True)
@@ -57,7 +59,8 @@ class HostMirror(RecordStore):
         count = self._step(max(missing, min(FIRST_SLAB_RECORDS, self._room())), most)
         slab = self._map(count * self.record_bytes)
         if self.pinned:
-            _check_cuda(torch.cuda.cudart().cudaHostRegister(slab.data_ptr(), slab.nbytes, 0), "pinning", slab.nbytes)
+            _pin(slab)
+            self._pinned_slabs.append(slab)
         self._append_slab(slab.view(count, self.record_bytes))
 
     def _room(self) -> int:
@@ -81,9 +84,30 @@ class HostMirror(RecordStore):
         return self._shared_dir / f"slab-{index}"
 
 
-def _check_cuda(code: object, action: str, num_bytes: int) -> None:
-    if int(code) != 0:  # type: ignore[call-overload]
-        raise MemoryError(f"{action} {num_bytes:,} bytes of host memory failed: {code}")
+def _pin(slab: torch.Tensor) -> None:
+    code = int(torch.cuda.cudart().cudaHostRegister(slab.data_ptr(), slab.nbytes, 0))
+    if code != 0:
+        _forget_cuda_error()
+        raise MemoryError(f"pinning {slab.nbytes:,} bytes of host memory failed with CUDA error {code}")
+
+
+def _unpin(slabs: list[torch.Tensor]) -> None:
+    if slabs:
+        torch.cuda.synchronize()  # copies may be in flight
+    for slab in slabs:
+        code = int(torch.cuda.cudart().cudaHostUnregister(slab.data_ptr()))
+        if code != 0:
+            _forget_cuda_error()
+            raise RuntimeError(f"unpinning {slab.nbytes:,} bytes of host memory failed with CUDA error {code}")
+    slabs.clear()
+
+
+def _forget_cuda_error() -> None:
+    """CUDA keeps the last error for whoever asks next: ask here, so that no later kernel is blamed for it."""
+    try:
+        torch.zeros(1, device="cuda")
+    except torch.AcceleratorError:
+        pass
 
 
 __all__ = ["HostMirror"]

@@ -49,7 +49,7 @@ class Records:
             rows = region.of_records(self.slabs[slab])
             offsets = None if offsets_N is None else offsets_N[at]
             pieces.append((at, read_rows(region, rows, records_N[at] - self._starts[slab], offsets)))
-        return merge_rows(records_N.shape[0], pieces)
+        return merge_rows(pieces)
 
     def _append_slab(self, slab: torch.Tensor) -> None:
         self._starts.append(self.num_records)
@@ -132,15 +132,20 @@ def read_rows(
     return get_planar(region.form, rows_RP, slots_N, offsets_N)
 
 
-def merge_rows(count: int, pieces: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
-    """One tensor [count, ...] from pieces (where, rows); together the pieces name every place once."""
-    if len(pieces) == 1:
-        return pieces[0][1]
-    first = pieces[0][1]
-    out = first.new_empty((count, *first.shape[1:]))
-    for at, rows in pieces:
-        out.index_copy_(0, at, rows)
-    return out
+def merge_rows(pieces: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+    """One tensor from pieces (where, rows) that together name every place once; `where` is int64 on the CPU."""
+    where = torch.cat([at for at, _ in pieces])
+    rows = torch.cat([rows for _, rows in pieces])
+    if bool((where[1:] > where[:-1]).all()):
+        return rows
+    return rows.index_select(0, to_device(where.argsort(), rows.device))  # whole rows; a scatter would go by bytes
 
 
-__all__ = ["RecordStore", "Records", "merge_rows", "read_rows"]
+def to_device(indices: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Indices from the CPU, without making the host wait for the device."""
+    if device.type == "cuda":
+        return indices.pin_memory().to(device, non_blocking=True)
+    return indices  # "cpu" and "cpu:1" are one place, although torch would copy
+
+
+__all__ = ["RecordStore", "Records", "merge_rows", "read_rows", "to_device"]

@@ -26,7 +26,7 @@ from .disk import DiskTier, MappedRecords
 from .history import History
 from .host import HostMirror
 from .layout import RecordLayout
-from .records import Records, RecordStore
+from .records import Records, RecordStore, to_device
 
 HOST, DISK, SAVED = 0, 1, 2
 _TIER_NAMES = ("host", "disk", "saved")
@@ -317,8 +317,8 @@ class SessionPages:
             return
         layout = self.store.layout
         chunks_N = torch.arange(self.num_chunks, self.num_chunks + count)
-        slots_N = self.tables().slots[chunks_N // layout.page_chunks].to(layout.device_of(layer))
-        offsets_N = (chunks_N % layout.page_chunks).to(layout.device_of(layer))
+        slots_N = to_device(self.tables().slots[chunks_N // layout.page_chunks], layout.device_of(layer))
+        offsets_N = to_device(chunks_N % layout.page_chunks, layout.device_of(layer))
         rows_NR = self.store.write_entries(layer, slots_N, offsets_N, kv_ND, keys_NI)
         if rows_NR is not None:
             self._index_rows[layer][self.num_chunks : self.num_chunks + count] = rows_NR

@@ -20,8 +20,9 @@ def encode_fp8_reference(kv_ND: torch.Tensor, rope_dim: int, scale_bytes: int) -
     nope = kv_ND.shape[-1] - rope_dim
     blocks = torch.nn.functional.pad(kv_ND[:, :nope].float(), (0, -nope % BLOCK)).unflatten(-1, (-1, BLOCK))
     amax = blocks.abs().amax(dim=-1).nan_to_num(nan=E4M3_MAX).clamp_min(SMALLEST_AMAX)
-    mantissa, exponent = torch.frexp(amax / E4M3_MAX)  # mantissa in [0.5, 1): ceil(log2(x)) without rounding
-    exponent = exponent - (mantissa == 0.5).to(exponent.dtype)
+    # ceil(log2(amax / 448)) with 448 = 0.875 * 2^9, and no division: CUDA would round it differently
+    mantissa, exponent = torch.frexp(amax)
+    exponent = exponent - 9 + (mantissa > 0.875).to(exponent.dtype)
     inverse = ((127 - exponent) << 23).view(
         torch.float32
     )  # an exponent field shifted into place: an exact power of two
