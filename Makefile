@@ -40,7 +40,8 @@ docs: $(STAMP)
 	$(BIN)/mkdocs build --strict --quiet
 
 bench: $(STAMP)
-	$(BIN)/python -m benchmarks
+	$(BIN)/python -m benchmarks.decode_cost --out results/decode_cost.json
+	$(BIN)/python -m benchmarks.prefill --out results/prefill.json
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .

@@ -1,4 +1,4 @@
-"""`flashmem demo`: the mechanism on a random model, in about a minute on a CPU."""
+"""`flashmem demo`: the mechanism on a random model, in seconds on a CPU."""
 
 from __future__ import annotations
 
