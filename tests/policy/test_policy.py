@@ -19,6 +19,7 @@ from flashmem.policy import (
     ThresholdPolicy,
     always_kept,
     best_first,
+    eligible_chunks,
     make_policy,
     page_scores,
 )
@@ -217,6 +218,12 @@ def test_ties_go_to_the_lower_page() -> None:
 )
 def test_always_kept(arguments: tuple[int, int, int], expected: tuple[int, ...]) -> None:
     assert always_kept(*arguments) == expected
+
+
+def test_eligible_chunks_are_those_a_policy_can_choose() -> None:
+    mask = eligible_chunks(11, 4, always_kept(3, 1, 1))  # the last page has three chunks
+    assert mask.tolist() == [False] * 4 + [True] * 4 + [False] * 3
+    assert eligible_chunks(0, 4, ()).tolist() == [] and eligible_chunks(3, 4, (0, 1)).tolist() == [False] * 3
 
 
 # --- each rule

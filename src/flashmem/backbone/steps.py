@@ -276,7 +276,7 @@ class DecodeStep:
         kv = self._csa_window(compressor, layer, "", hidden_BE, rows)
         keys = self._csa_window(compressor.indexer, layer, "index_", hidden_BE, rows)
         if len(rows):
-            self.pages.write(layer, rows, kv, keys)
+            self.pages.write(layer, self._completing_rows(g.csa_ratio), kv, keys)
         ids = self.pages.chunk_ids(layer)
         if not ids.shape[1]:
             return []
