@@ -73,7 +73,8 @@ def save_memory(
         try:
             data = save({key: value.contiguous() for key, value in state.items()})
             _write(state_path, [data])
-            header, crcs = _pages_header(num_records, record_bytes), []
+            header = _pages_header(num_records, record_bytes)
+            crcs: list[int] = []
             _write(pages_path, _page_bytes(header, records, num_records, record_bytes, crcs))
             manifest = {
                 "format": FORMAT,

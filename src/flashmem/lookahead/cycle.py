@@ -251,14 +251,15 @@ class Cycle:
 
     def _is_table(self, table: Mapping[str, Any]) -> bool:
         """Whether a saved page table is one of this session: the selection within it, the page being filled too."""
-        lists, count = [table.get("selection"), table.get("resident")], self.pages.num_pages
-        for pages in lists:
+        selection, resident, count = table.get("selection"), table.get("resident"), self.pages.num_pages
+        for pages in (selection, resident):
             if not isinstance(pages, list) or not all(type(page) is int and 0 <= page < count for page in pages):
                 return False
             if pages != sorted(set(pages)):
                 return False
-        selection, resident = map(set, lists)
-        return selection <= resident and (not self.pages.num_chunks % self.config.page_chunks or count - 1 in resident)
+        assert isinstance(selection, list) and isinstance(resident, list)
+        filling = self.pages.num_chunks % self.config.page_chunks
+        return set(selection) <= set(resident) and (not filling or count - 1 in resident)
 
     def check(self) -> None:
         assert 0 <= self.steps <= self.config.tau

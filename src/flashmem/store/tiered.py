@@ -232,7 +232,9 @@ class SessionPages:
     def prefetched(self) -> tuple[int, ...] | None:
         """Pages that a flip now would leave resident; None without a running prefetch."""
         pending = self._pending
-        return pending and tuple(sorted({*pending.wanted, *range(pending.first_open, self.num_pages)}))
+        if pending is None:
+            return None
+        return tuple(sorted({*pending.wanted, *range(pending.first_open, self.num_pages)}))
 
     @property
     def live_bytes(self) -> int:
