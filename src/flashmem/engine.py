@@ -161,7 +161,7 @@ class Engine:
             raise
         self._end_decode(sessions, step)
         for session, token, row in zip(sessions, tokens, logits, strict=True):
-            session.ids = [*session.ids[: session.state.position - 1], token]
+            session.ids[session.state.position - 1 :] = [token]
             session.next_logits = row
         return logits
 
@@ -437,22 +437,22 @@ class Session:
         chunks = (first + len(ids)) // engine.geometry.csa_ratio
         self.cycle.admit(chunks)
         self.pages.ensure_room(chunks - self.pages.num_chunks)
-        del self.ids[first:]
-        logits = None
+        undecided, self.ids[first:] = self.ids[first:], []
         for start in range(0, len(ids), engine.config.prefill_chunk):
             now = ids[start : start + engine.config.prefill_chunk]
-            step = engine._begin_prefill(self, len(now))
             try:
+                step = engine._begin_prefill(self, len(now))
                 logits = engine.backbone.prefill(step, torch.tensor(now))
             except BaseException:
                 engine._roll_back([self])
+                if self.state.position == first:
+                    self.ids += undecided
                 raise
             engine._end_prefill(self, step)
             self.ids += now
+            self.next_logits = logits[0]
             if on_progress is not None:
                 on_progress(start + len(now), len(ids))
-        assert logits is not None
-        self.next_logits = logits[0]
         self.cycle.settle()
 
     def _flush(self) -> None:

@@ -66,6 +66,8 @@ class Cycle:
         """Decode steps since the last flip."""
         self.selection = Selection(())
         self.pending: Selection | None = None
+        self.settled = True
+        """False from a prefill chunk until level 1 has run: the next decode step must not be blind."""
         self.stats = CycleStats()
         self.layers = state.pool.geometry.csa_layers
 
@@ -79,18 +81,25 @@ class Cycle:
 
     def after_prefill_chunk(self) -> None:
         """Free what the prefill left on the device beside the last selection and the always-kept pages."""
+        self._cancel()
+        self.settled = False
         if not isinstance(self.policy, AllPages):
-            self.pages.evict(keep={*self.selection.pages, *self._always(self.pages.num_pages)})
+            always, kept = self._always(self.pages.num_pages), self.selection.pages
+            if self.share.capacity is not None:
+                kept = kept[: max(0, self.share.capacity - len(always))]
+            self.pages.evict(keep={*kept, *always})
 
     def settle(self) -> None:
         """After an append: select now, so that the first decode step is neither blind nor stale."""
-        self.pages.cancel_prefetch()
+        self._cancel()
         self._select()
         self._flip()
 
     def before_step(self) -> None:
         """Bring residency up to date for the next decode step."""
-        if self.steps >= self.config.tau:
+        if not self.settled:
+            self.settle()
+        elif self.steps >= self.config.tau:
             if self.pending is None:
                 self._select()
             self._flip()
@@ -121,6 +130,11 @@ class Cycle:
         assert self.pending is not None
         self.pages.flip()
         self.selection, self.pending, self.steps = self.pending, None, 0
+        self.settled = True
+
+    def _cancel(self) -> None:
+        self.pages.cancel_prefetch()
+        self.pending = None
 
     def _select(self, overlap: bool = False, extra: frozenset[int] = frozenset()) -> None:
         view = self._view(self.pages.num_pages, self.pages.num_chunks, self._logits(self.policy.scorer))
@@ -140,7 +154,10 @@ class Cycle:
         self.pending = selection
 
     def _fit(self, selection: Selection, view: PageView, extra: frozenset[int]) -> Selection:
-        """Cut a selection to the session's share of the pool: least page scores go first, then higher ids."""
+        """Cut a selection to the session's share of the pool: least page scores go first, then higher ids.
+
+        Always-kept pages stay; pages that a rescue asks for go after all others.
+        """
         capacity = self.share.capacity
         if capacity is None or len(selection.pages) <= capacity:
             return selection
@@ -148,8 +165,8 @@ class Cycle:
             self.share.admit(len(selection.pages))
         assert view.logits_N is not None
         scores = page_scores(view.logits_N, view.page_chunks, view.num_pages).tolist()
-        must = {*view.always, *extra}
-        ranked = sorted(selection.pages, key=lambda page: (page not in must, -scores[page], page))
+        always = set(view.always)
+        ranked = sorted(selection.pages, key=lambda page: (page not in always, page not in extra, -scores[page], page))
         return replace(selection, pages=tuple(sorted(ranked[:capacity])), truncated=True)
 
     def _logits(self, scorer: str) -> torch.Tensor | None:
@@ -184,27 +201,32 @@ class Cycle:
         self.stats.misses += looks - hits
         if hits < self.config.rescue_recall * looks:
             self.stats.early += 1
-            self.pages.cancel_prefetch()
+            self._cancel()
             self._select(extra=frozenset(missed))
             self._flip()
 
     def export(self) -> dict[str, object]:
         """What `load` restores, as JSON values."""
-        return {"steps": self.steps, "selection": list(self.selection.pages), "stats": asdict(self.stats)}
+        return {
+            "steps": self.steps,
+            "settled": self.settled,
+            "selection": list(self.selection.pages),
+            "resident": list(self.pages.resident),
+            "stats": asdict(self.stats),
+        }
 
     def load(self, values: Mapping[str, object]) -> None:
-        """Restore the clock and make the saved selection resident."""
-        pages, stats = values["selection"], values["stats"]
-        assert isinstance(pages, list) and isinstance(stats, dict)
+        """Restore the clock, and make resident what was: the selection and the pages born in the window."""
+        selection, resident, stats = values["selection"], values["resident"], values["stats"]
+        assert isinstance(selection, list) and isinstance(resident, list) and isinstance(stats, dict)
         self.stats = CycleStats(**stats)
-        wanted = tuple(sorted({*pages, *((self.pages.num_pages - 1,) if self.pages.num_pages else ())}))
-        self.share.admit(len(wanted))
-        self.pages.prefetch(wanted)
-        self.pending = Selection(wanted)
+        self.share.admit(len(selection))
+        self.pages.prefetch(resident)
+        self.pending = Selection(tuple(selection))
         self._flip()
-        self.steps = int(values["steps"])  # type: ignore[call-overload]
+        self.steps, self.settled = int(values["steps"]), bool(values["settled"])  # type: ignore[call-overload]
 
     def check(self) -> None:
         assert 0 <= self.steps <= self.config.tau
-        if self.steps < self.config.tau:
+        if self.settled and self.steps < self.config.tau:
             assert set(self.selection.pages) <= set(self.pages.resident)
