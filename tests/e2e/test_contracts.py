@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -191,3 +192,177 @@ def test_chunks_born_in_a_window_are_attendable_at_once(model: Any, stock: Stock
     timeline.append(100)
     timeline.decode(70)
     close_to(got, stock.logits(TEXT[:170], timeline.allowed())[100:])
+
+
+# ---- tiers, and forwards that fail midway (one geometry)
+
+
+@pytest.fixture(scope="module")
+def plain_stock() -> Stock:
+    return Stock("hash-moe")
+
+
+@pytest.fixture(scope="module")
+def plain_model() -> Any:
+    return make_model("hash-moe")
+
+
+@pytest.mark.parametrize("kv_format", ["fp32", "fp8"])
+def test_tiers_do_not_change_results(plain_model: Any, kv_format: str, tmp_path: Path) -> None:
+    """Pages on disk give the logits that pages in host memory give."""
+    options = {"policy": FixedPages(frozenset({2, 5})), "kv_format": kv_format, "tau": 6, "prefill_chunk": 50}
+    with engine_of(plain_model, **options) as engine:
+        session = engine.session()
+        session.append(TEXT[:200])
+        wanted, size = decode(session, TEXT[200:230]), engine.layout.record_bytes
+    assert wanted.isfinite().all()
+    with engine_of(plain_model, **options, host_budget_bytes=3 * size, disk_path=str(tmp_path)) as engine:
+        session = engine.session()
+        session.append(TEXT[:200])
+        assert torch.equal(decode(session, TEXT[200:230]), wanted)
+        tiers = session.stats()["tiers"]
+        assert tiers["host"]["pages"] == 3 and tiers["disk"]["pages"] == 230 // PAGE_TOKENS - 3
+
+
+def test_fp8_stays_close(plain_model: Any, plain_stock: Stock) -> None:
+    """Not exact by design: the format rounds entries, and rounded keys pick other chunks now and then."""
+    wanted = plain_stock.logits(TEXT[:200])
+    with engine_of(plain_model, kv_format="fp8", prefill_chunk=50) as engine:
+        session = engine.session()
+        session.append(TEXT[:170])
+        got = torch.cat((session.next_logits[None], decode(session, TEXT[170:200])))
+    error = (got - wanted[169:]).abs().mean() / wanted.abs().mean()
+    assert 0 < error < 0.25
+
+
+@pytest.fixture
+def engine(plain_model: Any) -> Iterator[Engine]:
+    with engine_of(plain_model, policy=FixedPages(frozenset({1, 4})), tau=3, prefill_chunk=400) as engine:
+        yield engine
+
+
+@pytest.mark.parametrize("fail_at", range(7))  # boundaries of chunk, page, HCA block and window are among them
+def test_a_failed_decode_step_can_be_repeated(engine: Engine, plain_model: Any, fail_at: int) -> None:
+    results = []
+    for failing in (False, True):
+        with engine.session() as session:
+            session.append(TEXT[:122])
+            results.append(decode(session, TEXT[122 : 122 + fail_at]) if fail_at else torch.empty(0, 320))
+            if failing:
+                with failing_layer(plain_model, fail_at % 4), pytest.raises(InjectedError):
+                    engine.decode([session], [TEXT[122 + fail_at]])
+                assert session.ids == TEXT[: 122 + fail_at]
+                engine.check()
+            results[-1] = torch.cat((results[-1], decode(session, TEXT[122 + fail_at : 134])))
+            assert session.ids == TEXT[:134]
+    assert torch.equal(*results)
+
+
+def counts(session: Session) -> dict[str, Any]:
+    """Everything that `stats` counts; the all-in bytes see that index rows grew, which is no loss."""
+    return {name: value for name, value in session.stats().items() if not name.endswith("_all_in")}
+
+
+def test_another_token_may_follow_a_failed_step(engine: Engine, plain_model: Any) -> None:
+    results = []
+    for failing in (False, True):
+        with engine.session() as session:
+            session.append(TEXT[:127])
+            if failing:  # it would have completed a chunk, a page and an HCA block
+                with failing_layer(plain_model, 3), pytest.raises(InjectedError):
+                    engine.decode([session], [5])
+            session.append(TEXT[127:140])
+            results.append(decode(session, TEXT[140:150]))
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("observed", [1, 3])
+def test_a_failed_step_leaves_no_trace_in_what_level_1_sees(plain_model: Any, observed: int, tmp_path: Path) -> None:
+    views = []
+    for failing in (False, True):
+        with engine_of(plain_model, policy="lsa", keep=0.4, observation_window=observed) as engine:
+            session = engine.session()
+            session.append(TEXT[:100])
+            if failing:
+                with failing_layer(plain_model, 3), pytest.raises(InjectedError):
+                    engine.decode([session], [5])
+            views.append([session.state.observed(layer) for layer in engine.layout.target_layers])
+    assert all(torch.equal(a, b) for a, b in zip(*views, strict=True))
+
+
+@pytest.mark.parametrize("pending", [False, True])
+@pytest.mark.parametrize("length", [1, 63, 128, 200])
+def test_a_failed_prefill_can_be_repeated(engine: Engine, plain_model: Any, length: int, pending: bool) -> None:
+    results = []
+    for layer in (None, 0, 3):
+        with engine.session() as session:
+            session.append(TEXT[:61])
+            if pending:  # the second token is decided but has not run
+                session.generate(max_new_tokens=2)
+            else:
+                decode(session, TEXT[61:62])
+            before, stats = list(session.ids), counts(session)
+            if layer is not None:
+                with failing_layer(plain_model, layer), pytest.raises(InjectedError):
+                    session.append(TEXT[62 : 62 + length])
+                assert session.ids == before and counts(session) == stats
+                engine.check()
+            session.append(TEXT[62 : 62 + length])
+            results.append(torch.cat((session.next_logits[None], decode(session, TEXT[:5]))))
+            assert session.ids == [*before, *TEXT[62 : 62 + length], *TEXT[:5]]
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+@pytest.mark.parametrize("pending", [False, True])
+@pytest.mark.parametrize("go_on", [False, True])
+def test_prefill_chunks_that_ran_stay(plain_model: Any, plain_stock: Stock, pending: bool, go_on: bool) -> None:
+    """The second of three chunks fails: the session stands after the first one, and may go on or be asked at once."""
+    timeline = Timeline(4, frozenset({1}), tau=5)
+    with engine_of(plain_model, policy=FixedPages(timeline.pages), prefill_chunk=50, tau=5) as engine:
+        session = engine.session()
+        session.append(TEXT[:30])
+        first = session.generate(max_new_tokens=1) if pending else []
+        with failing_layer(plain_model, 1, after=1), pytest.raises(InjectedError):
+            session.append(TEXT[100:230])
+        ran = TEXT[100 : 150 - len(first)]
+        assert session.ids == [*TEXT[:30], *first, *ran] and session.state.position == 80
+        engine.check()
+        timeline.append(80)
+        if go_on:
+            session.append(TEXT[150:230])
+            timeline.append(80)
+        logits = [session.next_logits[None], decode(session, TEXT[:7])]  # level 1 runs first: never blind, never stale
+        timeline.decode(7)
+        close_to(torch.cat(logits), plain_stock.logits(session.ids, timeline.allowed())[-8:])
+
+
+def test_bad_calls_change_nothing(engine: Engine) -> None:
+    session = engine.session()
+    session.append([])
+    assert session.ids == [] and session.next_logits is None
+    with pytest.raises(ValueError, match="the session is empty"):
+        session.generate()
+    session.append(TEXT[:40])
+    session.generate(max_new_tokens=2)
+    before = list(session.ids)
+    for call in (
+        lambda: session.append([1, 320]),
+        lambda: session.append([-1]),
+        lambda: engine.decode([session], [320]),
+    ):
+        with pytest.raises(ValueError, match=r"token ids must lie in 0\.\.319, got"):
+            call()
+    with pytest.raises(ValueError, match="distinct"):
+        engine.decode([session, session], [1, 2])
+    with pytest.raises(ValueError, match="at least one"):
+        engine.decode([], [])
+    with pytest.raises(ValueError, match="max_new_tokens must be at least 1, got 0"):
+        session.generate(max_new_tokens=0)
+    with pytest.raises(ValueError, match="no tokenizer"):
+        session.append("text")
+    assert session.ids == before
+    session.check()
+    session.close()
+    for call in (lambda: session.append([1]), session.generate, lambda: engine.decode([session], [1])):
+        with pytest.raises(ValueError, match="closed"):
+            call()
