@@ -47,6 +47,8 @@ class LSACache(Cache):
         self.engine = engine
         self.sessions: list[Session] = []
         self.step: BatchPrefillStep | DecodeStep | None = None
+        self.unfinished = False
+        """True from `begin` to `end`: still true at the next `begin` if a forward failed."""
 
     @classmethod
     def for_model(cls, model: Any) -> LSACache:
@@ -84,13 +86,14 @@ class LSACache(Cache):
     def begin(self, ids_BS: torch.Tensor) -> None:
         """Prepare a forward of ids [B, S]."""
         engine, (rows, count) = self.engine, ids_BS.shape
-        if self.step is not None:  # the last forward failed
+        if self.unfinished:  # the last forward failed
             engine._roll_back(self.sessions)
             self.step = None
         if not self.sessions:
             self._open(rows)
         if rows != len(self.sessions):
             raise ValueError(f"a batch of {rows} rows for a cache of {len(self.sessions)}")
+        self.unfinished = True
         position = self.get_seq_length()
         for ids in ids_BS.tolist():
             engine._check_tokens(ids, position)
@@ -119,7 +122,7 @@ class LSACache(Cache):
                 self.engine._end_prefill(session, step)
         for session, ids in zip(self.sessions, ids_BS.tolist(), strict=True):
             session.ids += ids
-        self.step = None
+        self.step, self.unfinished = None, False
 
 
 class _Layer(CacheLayerMixin):

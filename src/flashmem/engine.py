@@ -153,8 +153,8 @@ class Engine:
         for session, token in zip(sessions, tokens, strict=True):
             session._check_ready(self)
             self._check_tokens([token], session.state.position)
-        step = self._begin_decode(sessions)
         try:
+            step = self._begin_decode(sessions)
             logits = self.backbone.decode(step, torch.tensor(tokens))
         except BaseException:
             self._roll_back(sessions)
