@@ -296,7 +296,7 @@ def test_a_tight_pool_is_enough_for_any_length(model: Any, policy: str, lead: in
     size, sessions = record_bytes(model), 2
     slots = 8 * (2 if lead else 1) + 3
     keep = None if policy == "lsa" else 0.25  # of at most 30 pages
-    options = {"keep": keep, "threshold": 0.01, "tau": 17, "lead": lead, "prefill_chunk": 20}
+    options = {"keep": keep, "threshold": 0.01, "tau": 17, "lead": lead, "prefill_chunk": 20, "recency_pages": 5}
     budget = {"device_budget_bytes": sessions * slots * size, "max_sessions": sessions}
     with engine_of(model, policy, **options, **budget) as engine:
         both = [engine.session() for _ in range(sessions)]

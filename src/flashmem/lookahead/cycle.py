@@ -6,7 +6,7 @@ the boundary.
 
 Rescue (off by default). Widen: when the ceiling cut off pages above threshold, the same scores select again without
 it. Early: every `rescue_interval` steps the target layers' own lightning top-k over the whole history is compared with
-the resident pages; when less than `rescue_recall` of it is resident, level 1 runs at once and the missed pages join.
+the resident pages; when less than `rescue_recall` of it is resident, level 1 runs at once and the pages of that top-k join.
 """
 
 from __future__ import annotations
@@ -185,7 +185,7 @@ class Cycle:
         """Rescue: are the target layers' own top-k chunks resident?"""
         native, resident = self.scorers["native"], torch.zeros(self.pages.num_pages, dtype=torch.bool)
         resident[list(self.pages.resident)] = True
-        missed: set[int] = set()
+        picked: set[int] = set()
         hits = looks = 0
         position = self.state.observed_positions()[-1:]
         for csa in native.target_layers:
@@ -194,15 +194,15 @@ class Cycle:
             hidden = self.state.observed(layer)[-1:]
             scores = native.layers[csa].logits(hidden, rows[None], position.to(rows.device))[0]
             best = scores.topk(min(len(scores), self.state.pool.geometry.index_topk)).indices.cpu()
-            found = resident[best // self.config.page_chunks]
-            hits, looks = hits + int(found.sum()), looks + len(best)
-            missed |= set((best[~found] // self.config.page_chunks).tolist())
+            pages = best // self.config.page_chunks
+            hits, looks = hits + int(resident[pages].sum()), looks + len(best)
+            picked |= set(pages.tolist())
         self.stats.looks += looks
         self.stats.misses += looks - hits
         if hits < self.config.rescue_recall * looks:
             self.stats.early += 1
             self._cancel()
-            self._select(extra=frozenset(missed))
+            self._select(extra=frozenset(picked))
             self._flip()
 
     def export(self) -> dict[str, object]:
