@@ -47,7 +47,8 @@ class LSACache(Cache):
         self.engine = engine
         self.sessions: list[Session] = []
         self.step: BatchPrefillStep | DecodeStep | None = None
-        self.unsettled = False
+        self.unfinished = False
+        """True from `begin` to `end`: still true at the next `begin` if a forward failed."""
 
     @classmethod
     def for_model(cls, model: Any) -> LSACache:
@@ -85,30 +86,32 @@ class LSACache(Cache):
     def begin(self, ids_BS: torch.Tensor) -> None:
         """Prepare a forward of ids [B, S]."""
         engine, (rows, count) = self.engine, ids_BS.shape
-        if self.step is not None:  # the last forward failed
+        if self.unfinished:  # the last forward failed
             engine._roll_back(self.sessions)
             self.step = None
         if not self.sessions:
-            self.sessions = [engine.session() for _ in range(rows)]
+            self._open(rows)
         if rows != len(self.sessions):
             raise ValueError(f"a batch of {rows} rows for a cache of {len(self.sessions)}")
+        self.unfinished = True
         position = self.get_seq_length()
         for ids in ids_BS.tolist():
             engine._check_tokens(ids, position)
         if count == 1 and position:
-            self.settle()
             self.step = engine._begin_decode(self.sessions)
         else:
             for session in self.sessions:
                 session.cycle.admit((position + count) // engine.geometry.csa_ratio)
             self.step = BatchPrefillStep([engine._begin_prefill(session, count) for session in self.sessions])
 
-    def settle(self) -> None:
-        """Level 1 after a prefill, before the first decode step."""
-        if self.unsettled:
-            for session in self.sessions:
-                session.cycle.settle()
-            self.unsettled = False
+    def _open(self, rows: int) -> None:
+        """Open one session per row, or none."""
+        try:
+            for _ in range(rows):
+                self.sessions.append(self.engine.session())
+        except BaseException:
+            self.close()
+            raise
 
     def end(self, ids_BS: torch.Tensor) -> None:
         """Make a finished forward permanent."""
@@ -117,10 +120,9 @@ class LSACache(Cache):
         elif self.step is not None:
             for session, step in zip(self.sessions, self.step.steps, strict=True):
                 self.engine._end_prefill(session, step)
-            self.unsettled = True
         for session, ids in zip(self.sessions, ids_BS.tolist(), strict=True):
             session.ids += ids
-        self.step = None
+        self.step, self.unfinished = None, False
 
 
 class _Layer(CacheLayerMixin):
@@ -171,8 +173,12 @@ def _before_forward(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     cache, ids = _cache_and_ids(args, kwargs)
     if cache is None:
         return None
+    if cache.engine is not getattr(model, "_flashmem", None):
+        raise ValueError("this LSACache was made for another model, or before flashmem was detached")
     if ids is None:
         raise ValueError("flashmem needs input_ids; inputs_embeds alone is not supported")
+    if torch.is_grad_enabled():
+        raise ValueError("an LSACache is for inference: call the model under torch.no_grad()")
     mask = kwargs.get("attention_mask")
     if isinstance(mask, torch.Tensor) and mask.dim() == 2 and not bool(mask.bool().all()):
         raise ValueError("flashmem does not run padded batches: pad tokens would be compressed into the memory")

@@ -158,8 +158,8 @@ class Engine:
         for session, token in zip(sessions, tokens, strict=True):
             session._check_ready(self)
             self._check_tokens([token], session.state.position)
-        step = self._begin_decode(sessions)
         try:
+            step = self._begin_decode(sessions)
             logits = self.backbone.decode(step, torch.tensor(tokens))
         except BaseException:
             self._roll_back(sessions)
@@ -446,8 +446,8 @@ class Session:
         self.pages.ensure_room(chunks - self.pages.num_chunks)
         for start in range(0, len(ids), engine.config.prefill_chunk):
             now = ids[start : start + engine.config.prefill_chunk]
-            step = engine._begin_prefill(self, len(now))
             try:
+                step = engine._begin_prefill(self, len(now))
                 logits = engine.backbone.prefill(step, torch.tensor(now))
             except BaseException:
                 engine._roll_back([self])

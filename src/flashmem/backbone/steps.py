@@ -209,7 +209,7 @@ def _key_tiles(history: LayerHistory) -> Iterator[tuple[int, torch.Tensor]]:
 class DecodeStep:
     """One token of each of B sessions, over their resident pages.
 
-    State is written in place, by position: repeating a failed step with the same tokens is harmless.
+    State is written in place, by position: what a failed step wrote is overwritten before it is read.
     """
 
     def __init__(
@@ -220,6 +220,7 @@ class DecodeStep:
         self.rows = torch.tensor([state.row for state in states])
         self.positions = torch.tensor([state.position for state in states])
         self._by_device: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._observed: list[tuple[int, torch.Tensor]] = []
 
     def attend(
         self,
@@ -233,7 +234,7 @@ class DecodeStep:
         layer, g = attention.layer_idx, self.pool.geometry
         hidden, kv = hidden[:, 0], kv[:, 0]
         if layer in self.pool.target_layers:
-            self._put(layer, "hidden", hidden)
+            self._observed.append((layer, hidden))
         window_BWD = self._put(layer, "window", kv)
         _, positions = self._index(kv.device)
         seen = torch.arange(g.sliding_window, device=kv.device) <= positions[:, None]
@@ -245,6 +246,9 @@ class DecodeStep:
         return attend(q[:, 0], sets, attention.sinks, attention.scaling)[:, None]
 
     def finish(self) -> None:
+        """Advance the positions; only now do the observed tokens move on, since level 1 may look before a repetition."""
+        for layer, hidden in self._observed:
+            self._put(layer, "hidden", hidden)
         for state in self.states:
             state.position += 1
 

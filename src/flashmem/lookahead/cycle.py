@@ -6,7 +6,7 @@ the boundary.
 
 Rescue (off by default). Widen: when the ceiling cut off pages above threshold, the same scores select again without
 it. Early: every `rescue_interval` steps the target layers' own lightning top-k over the whole history is compared with
-the resident pages; when less than `rescue_recall` of it is resident, level 1 runs at once and the missed pages join.
+the resident pages; when less than `rescue_recall` of it is resident, level 1 runs at once and the pages of that top-k join.
 """
 
 from __future__ import annotations
@@ -82,8 +82,8 @@ class Cycle:
 
     def before_prefill_chunk(self) -> None:
         """Leave on the device the last selection and the always-kept pages, so that the chunk's pages fit."""
-        self.pages.cancel_prefetch()
-        self.due, self.pending = True, None
+        self._cancel()
+        self.due = True
         if isinstance(self.policy, AllPages):
             return
         always = set(self._always(self.pages.num_pages))
@@ -92,7 +92,7 @@ class Cycle:
 
     def settle(self) -> None:
         """After an append: select now, so that the first decode step is neither blind nor stale."""
-        self.pages.cancel_prefetch()
+        self._cancel()
         self._select()
         self._flip()
 
@@ -132,6 +132,10 @@ class Cycle:
         self.pages.flip()
         self.selection, self.pending, self.steps, self.due = self.pending, None, 0, False
 
+    def _cancel(self) -> None:
+        self.pages.cancel_prefetch()
+        self.pending = None
+
     def _select(self, overlap: bool = False, extra: frozenset[int] = frozenset()) -> None:
         view = self._view(self.pages.num_pages, self.pages.num_chunks, self._logits(self.policy.scorer))
         selection = self.policy.select(view)
@@ -151,7 +155,10 @@ class Cycle:
         self.stats.truncated += selection.truncated
 
     def _fit(self, selection: Selection, view: PageView, extra: frozenset[int]) -> Selection:
-        """Cut a selection to the session's share of the pool: least page scores go first, then higher ids."""
+        """Cut a selection to the session's share of the pool: least page scores go first, then higher ids.
+
+        Always-kept pages stay; pages that a rescue asks for go after all others.
+        """
         capacity = self.share.capacity
         if capacity is None or len(selection.pages) <= capacity:
             return selection
@@ -159,8 +166,8 @@ class Cycle:
             self.share.admit(len(selection.pages))
         assert view.logits_N is not None
         scores = page_scores(view.logits_N, view.page_chunks, view.num_pages).tolist()
-        must = {*view.always, *extra}
-        ranked = sorted(selection.pages, key=lambda page: (page not in must, -scores[page], page))
+        always = set(view.always)
+        ranked = sorted(selection.pages, key=lambda page: (page not in always, page not in extra, -scores[page], page))
         return replace(selection, pages=tuple(sorted(ranked[:capacity])), truncated=True)
 
     def _logits(self, scorer: str) -> torch.Tensor | None:
@@ -179,7 +186,7 @@ class Cycle:
         """Rescue: are the target layers' own top-k chunks resident?"""
         native, resident = self.scorers["native"], torch.zeros(self.pages.num_pages, dtype=torch.bool)
         resident[list(self.pages.resident)] = True
-        missed: set[int] = set()
+        picked: set[int] = set()
         hits = looks = 0
         position = self.state.observed_positions()[-1:]
         for csa in native.target_layers:
@@ -188,15 +195,15 @@ class Cycle:
             hidden = self.state.observed(layer)[-1:]
             scores = native.layers[csa].logits(hidden, rows[None], position.to(rows.device))[0]
             best = scores.topk(min(len(scores), self.state.pool.geometry.index_topk)).indices.cpu()
-            found = resident[best // self.config.page_chunks]
-            hits, looks = hits + int(found.sum()), looks + len(best)
-            missed |= set((best[~found] // self.config.page_chunks).tolist())
+            pages = best // self.config.page_chunks
+            hits, looks = hits + int(resident[pages].sum()), looks + len(best)
+            picked |= set(pages.tolist())
         self.stats.looks += looks
         self.stats.misses += looks - hits
         if hits < self.config.rescue_recall * looks:
             self.stats.early += 1
-            self.pages.cancel_prefetch()
-            self._select(extra=frozenset(missed))
+            self._cancel()
+            self._select(extra=frozenset(picked))
             self._flip()
 
     def export(self) -> dict[str, object]:
