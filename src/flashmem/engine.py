@@ -244,13 +244,13 @@ class Engine:
 
     def _begin_prefill(self, session: Session, count: int) -> PrefillStep:
         chunks = (session.state.position + count) // self.geometry.csa_ratio - session.pages.num_chunks
+        session.cycle.before_prefill_chunk()
         session.pages.reserve(chunks)
         return PrefillStep(session.state, session.pages, count)
 
     def _end_prefill(self, session: Session, step: PrefillStep) -> None:
         step.finish()
         session.pages.commit(step.end // self.geometry.csa_ratio - session.pages.num_chunks)
-        session.cycle.after_prefill_chunk()
 
     def _begin_decode(self, sessions: Sequence[Session], on_picks: PickObserver | None = None) -> DecodeStep:
         visible = [(session.state.position + 1) // self.geometry.csa_ratio for session in sessions]

@@ -229,10 +229,10 @@ def test_half_precision_becomes_float32_and_overrides_apply(tmp_path: Path) -> N
         query_dtype="fp32",
         ensemble="mean",
         observation_window=4,
-        logit_offset=5.5,
+        logit_offset=0.1,
     )
     expected = replace(
-        CONFIG, rms_norm_eps=1e-5, query_dtype="fp32", ensemble="mean", observation_window=4, logit_offset=5.5
+        CONFIG, rms_norm_eps=1e-5, query_dtype="fp32", ensemble="mean", observation_window=4, logit_offset=0.1
     )
     assert loaded.config == expected
     assert {parameter.dtype for parameter in loaded.parameters()} == {torch.float32}

@@ -156,5 +156,5 @@ def test_weights_that_cannot_be_read_are_refused(tiny_model: Callable) -> None:
         MemoryIndexer.native(model)
     del attention.compressor.indexer.scorer
     attention.q_a_proj = nn.Linear(48, 20, bias=False)
-    with pytest.raises(ValueError, match="has no compressor.indexer.scorer.weights_proj"):
+    with pytest.raises(ValueError, match=r"has no compressor\.indexer\.scorer\.weights_proj"):
         MemoryIndexer.native(model)

@@ -183,3 +183,21 @@ def test_config_survives_json_and_refuses_unknown_entries() -> None:
         IndexerConfig.from_mapping({k: v for k, v in values.items() if k != "q_rank"})
     with pytest.raises(ValueError, match="logit_offset must be a number"):
         IndexerConfig.from_mapping(values | {"logit_offset": "0"})
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("scorer_device", ["cpu", "cuda"])
+def test_scorers_and_keys_on_different_devices(scorer_device: str) -> None:
+    indexer = make_indexer(replace(SMALL, logit_offset=0.5))
+    hidden = {csa: draw(2, 40, seed=csa) for csa in SMALL.layers}
+    keys = {csa: encode_index_rows(draw(30, 12, seed=10 + csa)) for csa in SMALL.layers}
+    positions = torch.tensor([70_000, 70_001])
+    expected = indexer.chunk_logits(hidden, keys, positions)
+    device = {0: "cuda", 2: "cpu", 5: "cuda"}
+    logits = indexer.to(scorer_device).chunk_logits(
+        {csa: x.to(device[csa]) for csa, x in hidden.items()},
+        {csa: x.to(device[csa]) for csa, x in keys.items()},
+        positions.cuda(),
+    )
+    assert logits.is_cuda
+    torch.testing.assert_close(logits.cpu(), expected, rtol=1e-4, atol=1e-4)

@@ -98,3 +98,15 @@ def test_rows_of_the_wrong_type_or_impl_are_refused() -> None:
         score_chunks(q, torch.zeros(3, 12, dtype=torch.int8), w)
     with pytest.raises(ValueError, match="unknown impl 'fast'"):
         score_chunks(q, torch.zeros(3, 8), w, impl="fast")  # type: ignore[arg-type]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(1, 1, 128, 128, 70_001), (1, 5, 64, 128, 1000), (7, 1, 9, 12, 33)])
+def test_cuda_equals_the_definition(shape: tuple[int, ...]) -> None:
+    B, M, H, I, N = shape  # noqa: E741
+    q, w = draw(B, M, H, I, seed=1), draw(B, M, H, seed=3)
+    rows = encode_index_rows(draw(B, N, I, seed=2))
+    expected = score_chunks(q, rows, w, impl="reference")
+    logits = score_chunks(q.cuda(), rows.cuda(), w.cuda())
+    assert logits.is_cuda
+    torch.testing.assert_close(logits.cpu(), expected, rtol=1e-4, atol=1e-3)

@@ -262,7 +262,10 @@ class DecodeStep:
 
     def _completing(self, ratio: int, device: torch.device) -> torch.Tensor:
         """Batch rows whose token completes a window."""
-        return (((self.positions + 1) % ratio) == 0).nonzero()[:, 0].to(device)
+        return self._completing_rows(ratio).to(device)
+
+    def _completing_rows(self, ratio: int) -> torch.Tensor:
+        return (((self.positions + 1) % ratio) == 0).nonzero()[:, 0]  # on the CPU: no sync with a GPU
 
     def _csa_set(
         self, compressor: Any, layer: int, hidden_BE: torch.Tensor, q_residual: torch.Tensor,
@@ -273,7 +276,7 @@ class DecodeStep:
         kv = self._csa_window(compressor, layer, "", hidden_BE, rows)
         keys = self._csa_window(compressor.indexer, layer, "index_", hidden_BE, rows)
         if len(rows):
-            self.pages.write(layer, rows, kv, keys)
+            self.pages.write(layer, self._completing_rows(g.csa_ratio), kv, keys)
         ids = self.pages.chunk_ids(layer)
         if not ids.shape[1]:
             return []
@@ -305,7 +308,7 @@ class DecodeStep:
         if len(rows):
             starts = self._index(kv.device)[1][rows] + 1 - ratio  # a multiple of the ring's size: in order
             new = encode_rows(spec, pool_plain(compressor, kv[rows], gate[rows], starts))
-            for row, encoded in zip(rows.tolist(), new, strict=True):
+            for row, encoded in zip(self._completing_rows(ratio).tolist(), new, strict=True):
                 state = self.states[row]
                 state.entries[layer].put(state.position // ratio, encoded[None])
         counts = ((self.positions + 1) // ratio).tolist()

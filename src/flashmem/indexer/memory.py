@@ -50,7 +50,9 @@ class MemoryIndexer(nn.Module):
     @property
     def config(self) -> IndexerConfig:
         """The config with the present offset in it (reads a scalar from the device)."""
-        return replace(self._config, logit_offset=float(self.offset.detach()))
+        offset = float(self.offset.detach())
+        untouched = float(torch.tensor(self._config.logit_offset, dtype=self.offset.dtype, device="cpu")) == offset
+        return self._config if untouched else replace(self._config, logit_offset=offset)  # 0.1 stays 0.1
 
     def chunk_logits(
         self,

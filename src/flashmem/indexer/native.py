@@ -49,7 +49,7 @@ def read_native(
             "wq_b.weight": _float_weight(wq_b),
             "weights_proj.weight": _float_weight(_submodule(attention, "compressor.indexer.scorer.weights_proj")),
         }
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + csa)
+        generator = torch.Generator("cpu").manual_seed(seed * 1_000_003 + csa)
         parts = _widen(parts, rank=rank, heads=heads, head_dim=geometry.index_head_dim, generator=generator)
         tensors |= {f"retrievers.l{csa}.{name}": tensor for name, tensor in parts.items()}
     config = IndexerConfig(
@@ -78,7 +78,9 @@ def _widen(
     wq_a_RE[:old_rank] = wq_a_rE
     norm_R = norm_r.new_full((rank,), float(norm_r.abs().mean()))
     norm_R[:old_rank] = norm_r
-    random_YR = torch.randn(heads * head_dim, rank, generator=generator) * float(wq_b_Xr.std(correction=0))
+    random_YR = torch.randn(heads * head_dim, rank, generator=generator, device="cpu") * float(
+        wq_b_Xr.std(correction=0)
+    )
     wq_b_YR = random_YR.to(wq_b_Xr.device)
     wq_b_YR[: old_heads * head_dim, :old_rank] = wq_b_Xr
     weights_HE = weights_hE.new_zeros(heads, hidden)

@@ -77,10 +77,15 @@ class Cycle:
         elif isinstance(self.policy, Budget):
             self.share.admit(self.policy.resident_pages(view))
 
-    def after_prefill_chunk(self) -> None:
-        """Free what the prefill left on the device beside the last selection and the always-kept pages."""
-        if not isinstance(self.policy, AllPages):
-            self.pages.evict(keep={*self.selection.pages, *self._always(self.pages.num_pages)})
+    def before_prefill_chunk(self) -> None:
+        """Leave on the device the last selection and the always-kept pages, so that the chunk's pages fit."""
+        self.pages.cancel_prefetch()
+        self.pending = None
+        if isinstance(self.policy, AllPages):
+            return
+        always = set(self._always(self.pages.num_pages))
+        keep, capacity = always | set(self.selection.pages), self.share.capacity
+        self.pages.evict(keep=keep if capacity is None or len(keep) <= capacity else always)
 
     def settle(self) -> None:
         """After an append: select now, so that the first decode step is neither blind nor stale."""

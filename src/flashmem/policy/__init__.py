@@ -16,7 +16,7 @@ from .policies import (
     RecencyPolicy,
     ThresholdPolicy,
 )
-from .scores import TEMPERATURE, always_kept, best_first, page_maxima, page_scores
+from .scores import TEMPERATURE, always_kept, best_first, eligible_chunks, page_maxima, page_scores
 
 POLICY_NAMES = ("lsa", "all", "recency", "random", "carry-over", "native")
 
@@ -79,6 +79,7 @@ __all__ = [
     "ThresholdPolicy",
     "always_kept",
     "best_first",
+    "eligible_chunks",
     "make_policy",
     "page_maxima",
     "page_scores",

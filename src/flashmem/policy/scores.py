@@ -22,6 +22,17 @@ def always_kept(num_pages: int, sink: int, recency: int) -> tuple[int, ...]:
     return tuple(range(num_pages)) if last <= first else (*range(first), *range(last, num_pages))
 
 
+def eligible_chunks(num_chunks: int, page_chunks: int, always: Collection[int]) -> torch.Tensor:
+    """Return bool [N] on the CPU: chunks that exist now and are not on an always-kept page.
+
+    The one mask of training, calibration and evaluation: what a policy can win or lose is among these chunks.
+    """
+    eligible_N = torch.ones(num_chunks, dtype=torch.bool)
+    for page in always:
+        eligible_N[page * page_chunks : (page + 1) * page_chunks] = False
+    return eligible_N
+
+
 def page_scores(logits_N: torch.Tensor, page_chunks: int, num_pages: int) -> torch.Tensor:
     """Return float32 scores [P] on the CPU: T logsumexp(logit / T) over the chunks of a page, -inf for none.
 
@@ -56,4 +67,4 @@ def best_first(scores_P: torch.Tensor, excluded: Collection[int] = ()) -> list[i
     return [page for page in order if page not in gone]
 
 
-__all__ = ["TEMPERATURE", "always_kept", "best_first", "page_maxima", "page_scores"]
+__all__ = ["TEMPERATURE", "always_kept", "best_first", "eligible_chunks", "page_maxima", "page_scores"]
