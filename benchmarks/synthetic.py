@@ -10,8 +10,6 @@ import torch
 from flashmem import Engine, Session
 from flashmem.kernels.kv_codec import encode_rows
 
-CHUNKS_AT_A_TIME = 4096
-
 
 @torch.no_grad()
 def fill(engine: Engine, session: Session, tokens: int, *, seed: int = 0) -> None:
@@ -26,14 +24,15 @@ def fill(engine: Engine, session: Session, tokens: int, *, seed: int = 0) -> Non
         values = torch.randn(*shape, generator=generator)
         return values.to(engine.backbone.device_of_layer[layer], engine.backbone.dtype)
 
-    session.cycle.admit(tokens // g.csa_ratio)
-    while (count := min(CHUNKS_AT_A_TIME, tokens // g.csa_ratio - session.pages.num_chunks)) > 0:
+    total, at_a_time = tokens // g.csa_ratio, max(1, engine.config.prefill_chunk // g.csa_ratio)
+    session.cycle.admit(total)
+    while (count := min(at_a_time, total - session.pages.num_chunks)) > 0:
+        session.cycle.before_prefill_chunk()
         session.pages.reserve(count)
         for layer in g.csa_layers:
             kv_ND, keys_NI = random(count, g.head_dim, layer=layer), random(count, g.index_head_dim, layer=layer)
             session.pages.write(layer, kv_ND, keys_NI)
         session.pages.commit(count)
-        session.cycle.after_prefill_chunk()
     for (layer, _), tensor in engine.states.tensors.items():
         ring = tensor[session.state.row]
         ring.copy_(random(*ring.shape, layer=layer))
