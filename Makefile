@@ -36,7 +36,7 @@ types: $(STAMP)
 	$(BIN)/mypy
 
 docs: $(STAMP)
-	$(BIN)/python docs/write_cli_reference.py docs/reference/cli.md
+	$(BIN)/python -m typer flashmem.cli utils docs --name flashmem --title "Command line" --output docs/reference/cli.md
 	$(BIN)/mkdocs build --strict --quiet
 
 bench: $(STAMP)

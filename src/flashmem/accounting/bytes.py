@@ -16,7 +16,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from flashmem.config import KVFormat, ModelGeometry
+from ..config import KVFormat, ModelGeometry
 
 _EXACT_BYTES: Mapping[str, int] = {"fp32": 4, "bf16": 2}
 _SCALE_BLOCK = 64  # fp8 values that share one ue8m0 scale byte
@@ -79,6 +79,7 @@ class KVReport:
     page_chunks: int
     num_pages: int
     resident_pages: int
+    resident_chunks: int
     record_bytes: int
     paper: PaperReport
     all_in: AllInReport
@@ -162,6 +163,7 @@ def kv_report(
         page_chunks=page_chunks,
         num_pages=pages,
         resident_pages=resident_pages,
+        resident_chunks=resident_chunks,
         record_bytes=record,
         paper=PaperReport(
             full_bytes=sum(full.values()),

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
-from flashmem.config import ModelGeometry
+from ..config import ModelGeometry
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

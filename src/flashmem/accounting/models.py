@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from flashmem.config import ModelGeometry, RopeConfig
+from ..config import ModelGeometry, RopeConfig
 
 # config.json of deepseek-ai/DeepSeek-V4-Flash; its compress_ratios are [0, 0] + [4, 128] * 20 + [4] and one MTP entry.
 _FLASH = ModelGeometry(
