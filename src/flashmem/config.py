@@ -157,9 +157,11 @@ class ModelGeometry:
         if not path.is_file():
             raise ValueError(f"no model config at {path}")
         try:
-            values = json.loads(path.read_text())
-        except json.JSONDecodeError as error:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
             raise ValueError(f"{path} is not JSON: {error}") from error
+        if not isinstance(values, dict):
+            raise ValueError(f"{path} is no model config: it holds no JSON object")
         return cls.from_mapping(values)
 
 

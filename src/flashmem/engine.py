@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,12 +17,17 @@ from .config import LSAConfig
 from .indexer import MemoryIndexer
 from .kernels.kv_codec import KVFormatSpec
 from .lookahead import Cycle, SlotShare
-from .memory import open_memory, save_memory
+from .memory import SavedMemory, open_memory, save_memory
 from .policy import make_policy
 from .store import PageStore, RecordLayout
 from .types import DamagedError, FlashmemError
 
 _FORMAT_OF_DTYPE: dict[torch.dtype, Literal["fp32", "bf16"]] = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+_SELECTING = (
+    "keep", "threshold", "floor_pages", "ceiling_pages", "sink_pages", "recency_pages", "ensemble", "seed", "tau",
+    "lead",
+)  # fmt: skip
+"""Settings that a memory must share with an engine to go on with its window; else level 1 runs when it is opened."""
 _SAMPLES_PER_TENSOR = 64  # elements of every weight that enter a model's fingerprint
 
 
@@ -161,7 +166,7 @@ class Engine:
             raise
         self._end_decode(sessions, step)
         for session, token, row in zip(sessions, tokens, logits, strict=True):
-            session.ids = [*session.ids[: session.state.position - 1], token]
+            session.ids[session.state.position - 1 :] = [token]  # in place: no cost that grows with the context
             session.next_logits = row
         return logits
 
@@ -226,8 +231,8 @@ class Engine:
     def _identity(self) -> dict[str, Any]:
         """What a memory and an engine must have in common."""
         return {
+            "dtype": str(self.backbone.dtype).removeprefix("torch."),  # first: it changes the fingerprint too
             "model": self.fingerprint(),
-            "dtype": str(self.backbone.dtype).removeprefix("torch."),
             "kv_format": self.layout.kv_format,
             "page_chunks": self.layout.page_chunks,
             "target_layers": list(self.layout.target_layers),
@@ -383,7 +388,8 @@ class Session:
             observation_window=engine.states.observation_window,
             resident_pages=len(self.pages.resident),
             host_pages=tiers["host"].pages,
-            disk_pages=tiers["disk"].pages,
+            disk_pages=tiers["disk"].pages + tiers["saved"].pages,
+            slack_pages=tiers["device"].pages - len(self.pages.resident),
             hca_capacity=capacities[0] if capacities else None,
             row_capacity=self.pages.index_row_bytes
             // (len(engine.layout.target_layers) * (engine.geometry.index_head_dim + 4)),
@@ -401,6 +407,7 @@ class Session:
             "position": self.state.position,
             "num_chunks": self.pages.num_chunks,
             "policy": self.engine.policy.name,
+            "settings": self._settings(),
             "cycle": self.cycle.export(),
         }
         records = (record for _, record in self.pages.export_pages())
@@ -437,8 +444,6 @@ class Session:
         chunks = (first + len(ids)) // engine.geometry.csa_ratio
         self.cycle.admit(chunks)
         self.pages.ensure_room(chunks - self.pages.num_chunks)
-        del self.ids[first:]
-        logits = None
         for start in range(0, len(ids), engine.config.prefill_chunk):
             now = ids[start : start + engine.config.prefill_chunk]
             step = engine._begin_prefill(self, len(now))
@@ -448,20 +453,19 @@ class Session:
                 engine._roll_back([self])
                 raise
             engine._end_prefill(self, step)
-            self.ids += now
+            self.ids[self.state.position - len(now) :] = now
+            self.next_logits = logits[0]
             if on_progress is not None:
                 on_progress(start + len(now), len(ids))
-        assert logits is not None
-        self.next_logits = logits[0]
         self.cycle.settle()
 
     def _flush(self) -> None:
         """Run a token that was generated but not run; make sure that there is something to continue from."""
         self._check_open()
-        if not self.ids:
-            raise ValueError("the session is empty: append something, or give a prompt")
         if self.state.position < len(self.ids):
             self.engine.decode([self], self.ids[self.state.position :])
+        if self.next_logits is None:
+            raise ValueError("the session has nothing to continue from: append something, or give a prompt")
 
     def _encode(self, content: str | Sequence[int]) -> list[int]:
         if not isinstance(content, str):
@@ -496,23 +500,41 @@ class Session:
         if self.engine is not engine:
             raise ValueError("the session belongs to another engine")
 
-    def _load(self, memory: Any) -> None:
+    @torch.no_grad()
+    def _load(self, memory: SavedMemory) -> None:
         values, state = memory.session, memory.state
-        layers = self.engine.layout.target_layers
-        rows = {layer: state[f"index_rows.{layer}"] for layer in layers if f"index_rows.{layer}" in state}
-        if len(rows) != len(layers) or "ids" not in state:
-            raise DamagedError("the memory's state file lacks index rows or ids")
+        self._check_saved(values, state)
+        rows = {layer: state[f"index_rows.{layer}"] for layer in self.engine.layout.target_layers}
         self.state.load(state, values["position"])
         self.pages.import_saved(memory.records, values["num_chunks"], rows)
         self.ids = state["ids"].tolist()
-        self.next_logits = state.get("next_logits")
-        if self.next_logits is not None:
-            self.next_logits = self.next_logits.to(self.engine.backbone.input_device)
-        if values["policy"] == self.engine.policy.name:
-            self.cycle.load(values["cycle"])
-        elif self.ids:
-            with torch.no_grad():
-                self.cycle.settle()
+        if "next_logits" in state:
+            self.next_logits = state["next_logits"].to(self.engine.backbone.input_device)
+        self.cycle.load(values["cycle"], same_settings=values["settings"] == self._settings())
+
+    def _check_saved(self, values: Mapping[str, Any], state: Mapping[str, torch.Tensor]) -> None:
+        """Raise DamagedError where a memory's parts do not belong together."""
+        g, ids, position = self.engine.geometry, state.get("ids"), values["position"]
+        if ids is None or ids.dtype is not torch.int64 or ids.dim() != 1:
+            raise DamagedError("the memory's state file lacks its token ids")
+        if len(ids) not in (position, position + bool(position)) or values["num_chunks"] != position // g.csa_ratio:
+            raise DamagedError(
+                f"the memory is damaged: {len(ids)} token ids, position {position} and {values['num_chunks']} chunks"
+            )
+        if bool(((ids < 0) | (ids >= g.vocab_size)).any()) or len(ids) > g.max_positions:
+            raise DamagedError("the memory is damaged: its token ids are not this model's")
+        for layer in self.engine.layout.target_layers:
+            rows = state.get(f"index_rows.{layer}")
+            if rows is None or rows.dtype is not torch.uint8:
+                raise DamagedError(f"the memory's state file lacks the index rows of layer {layer}")
+        logits = state.get("next_logits")  # none in a session that a caller's own code ran
+        if logits is not None and (logits.dtype is not torch.float32 or tuple(logits.shape) != (g.vocab_size,)):
+            raise DamagedError(f"the memory is damaged: next_logits are {logits.dtype} {tuple(logits.shape)}")
+
+    def _settings(self) -> dict[str, Any]:
+        """What decides about a session's next selection, as JSON values."""
+        config = self.engine.config
+        return {"policy": self.engine.policy.name} | {name: getattr(config, name) for name in _SELECTING}
 
 
 def _resolve_format(config: LSAConfig, dtype: torch.dtype) -> Any:

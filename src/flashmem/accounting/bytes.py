@@ -24,7 +24,7 @@ _SCALE_ALIGNMENT = 8  # scales of an entry are padded to this
 _FP8_PAGE_MULTIPLE = 576  # a page of fp8 entries is padded to a multiple of this, as DeepSeek-V4's kernels want it
 _ALIGNMENT = 16  # every other region of a record
 _INDEX_SCALE_BYTES = 4  # one float32 scale per fp8 index key
-_PAGE_TABLE_BYTES = 16  # page and slot, int64 each
+_PAGE_TABLE_BYTES = 16  # page and slot of what is resident, int64 each
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -152,7 +152,7 @@ def kv_report(
         "hca": hca_entries * hca,
         **state,
         "hidden": num_targets * observation_window * geometry.hidden_size * _EXACT_BYTES[state_format],
-        "page_table": pages * _PAGE_TABLE_BYTES,
+        "page_table": resident_pages * _PAGE_TABLE_BYTES,
         "slack": slack_pages * record
         + (hca_capacity - hca_entries) * hca
         + (row_capacity - chunks) * num_targets * row,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import typer
 from typer.core import TyperGroup
@@ -21,11 +21,12 @@ class ReportingGroup(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
-        except BrokenPipeError:
-            raise  # the reader of stdout has gone; nobody is there to be told
-        except (ValueError, flashmem.FlashmemError, OSError) as error:
-            _report(str(error) or type(error).__name__)
-            raise typer.Exit(BAD_INPUT) from error
+        except (BrokenPipeError, SystemExit, KeyboardInterrupt, typer.Exit, typer.Abort, _UsageError):
+            raise
+        except (ValueError, OSError) as error:
+            _report_bad_input(error)
+        except flashmem.FlashmemError as error:  # looked up last: torch is behind it
+            _report_bad_input(error)
 
     def main(
         self,
@@ -48,6 +49,11 @@ class ReportingGroup(TyperGroup):
             _report(f"{error.format_message()} (see {command} --help)")
             sys.exit(BAD_INPUT)
         sys.exit(status)
+
+
+def _report_bad_input(error: Exception) -> NoReturn:
+    _report(str(error) or type(error).__name__)
+    raise typer.Exit(BAD_INPUT) from error
 
 
 def _report(message: str) -> None:

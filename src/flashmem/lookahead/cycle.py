@@ -12,7 +12,8 @@ the resident pages; when less than `rescue_recall` of it is resident, level 1 ru
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
 
 import torch
 
@@ -21,7 +22,7 @@ from ..config import LSAConfig
 from ..indexer import MemoryIndexer
 from ..policy import AllPages, Budget, always_kept, page_scores
 from ..store import SessionPages
-from ..types import PageView, Policy, Selection
+from ..types import DamagedError, PageView, Policy, Selection
 from .scheduler import SlotShare
 
 
@@ -64,6 +65,8 @@ class Cycle:
         self.state, self.pages, self.share = state, pages, share
         self.steps = 0
         """Decode steps since the last flip."""
+        self.due = False
+        """Level 1 must run before the next step: tokens were appended, or a selection could not be brought in."""
         self.selection = Selection(())
         self.pending: Selection | None = None
         self.stats = CycleStats()
@@ -80,7 +83,7 @@ class Cycle:
     def before_prefill_chunk(self) -> None:
         """Leave on the device the last selection and the always-kept pages, so that the chunk's pages fit."""
         self.pages.cancel_prefetch()
-        self.pending = None
+        self.due, self.pending = True, None
         if isinstance(self.policy, AllPages):
             return
         always = set(self._always(self.pages.num_pages))
@@ -95,7 +98,9 @@ class Cycle:
 
     def before_step(self) -> None:
         """Bring residency up to date for the next decode step."""
-        if self.steps >= self.config.tau:
+        if self.due:
+            self.settle()
+        elif self.steps >= self.config.tau:
             if self.pending is None:
                 self._select()
             self._flip()
@@ -125,7 +130,7 @@ class Cycle:
     def _flip(self) -> None:
         assert self.pending is not None
         self.pages.flip()
-        self.selection, self.pending, self.steps = self.pending, None, 0
+        self.selection, self.pending, self.steps, self.due = self.pending, None, 0, False
 
     def _select(self, overlap: bool = False, extra: frozenset[int] = frozenset()) -> None:
         view = self._view(self.pages.num_pages, self.pages.num_chunks, self._logits(self.policy.scorer))
@@ -136,13 +141,14 @@ class Cycle:
         if extra:
             selection = replace(selection, pages=tuple(sorted({*selection.pages, *extra})))
         selection = self._fit(selection, view, extra)
-        self.stats.cycles += 1
-        self.stats.selected_pages += len(selection.pages)
-        self.stats.truncated += selection.truncated
         if not overlap:  # nobody reads between here and the flip: free first, so that one set of slots is enough
+            self.due, self.pending = True, None  # a prefetch that fails must not leave a window with pages missing
             self.pages.evict(keep=selection.pages)
         self.pages.prefetch(selection.pages)
         self.pending = selection
+        self.stats.cycles += 1
+        self.stats.selected_pages += len(selection.pages)
+        self.stats.truncated += selection.truncated
 
     def _fit(self, selection: Selection, view: PageView, extra: frozenset[int]) -> Selection:
         """Cut a selection to the session's share of the pool: least page scores go first, then higher ids."""
@@ -194,22 +200,67 @@ class Cycle:
             self._flip()
 
     def export(self) -> dict[str, object]:
-        """What `load` restores, as JSON values."""
-        return {"steps": self.steps, "selection": list(self.selection.pages), "stats": asdict(self.stats)}
+        """What `load` restores, as JSON values.
 
-    def load(self, values: Mapping[str, object]) -> None:
-        """Restore the clock and make the saved selection resident."""
-        pages, stats = values["selection"], values["stats"]
-        assert isinstance(pages, list) and isinstance(stats, dict)
-        self.stats = CycleStats(**stats)
-        wanted = tuple(sorted({*pages, *((self.pages.num_pages - 1,) if self.pages.num_pages else ())}))
-        self.share.admit(len(wanted))
-        self.pages.prefetch(wanted)
-        self.pending = Selection(wanted)
-        self._flip()
-        self.steps = int(values["steps"])  # type: ignore[call-overload]
+        `resident` is more than `selection` where pages were born in the window; `next` is a selection whose copies run.
+        """
+        ahead = self.pages.prefetched
+        return {
+            "steps": self.steps,
+            "due": self.due,
+            "selection": list(self.selection.pages),
+            "resident": list(self.pages.resident),
+            "next": None
+            if self.pending is None or ahead is None
+            else {"selection": list(self.pending.pages), "resident": list(ahead)},
+            "stats": asdict(self.stats),
+        }
+
+    def load(self, values: Mapping[str, Any], *, same_settings: bool) -> None:
+        """Restore the clock and what was resident; where settings or budget differ, select anew.
+
+        Raises DamagedError for values that `export` does not give, BudgetError where a selection does not fit.
+        """
+        self._check_saved(values)
+        self.stats = CycleStats(**values["stats"])
+        self.selection = Selection(tuple(values["selection"]))
+        if not self.pages.num_chunks or values["due"]:
+            self.due = values["due"]
+        elif not same_settings or not self.share.holds(len(self.selection.pages)):
+            self.settle()
+        else:
+            self.steps = values["steps"]
+            self.pages.prefetch(values["resident"])
+            self.pages.flip()
+            if (ahead := values["next"]) is not None:
+                self.pages.prefetch(ahead["resident"])
+                self.pending = Selection(tuple(ahead["selection"]))
+
+    def _check_saved(self, values: Mapping[str, Any]) -> None:
+        ahead, stats = values.get("next"), values.get("stats")
+        tables = [values] if ahead is None else [values, ahead]
+        counts = [values.get("steps"), *(stats.values() if isinstance(stats, dict) else ())]
+        if (
+            not isinstance(values.get("due"), bool)
+            or not all(isinstance(table, dict) and self._is_table(table) for table in tables)
+            or not isinstance(stats, dict)
+            or stats.keys() != {item.name for item in fields(CycleStats)}
+            or not all(type(count) is int and count >= 0 for count in counts)
+        ):
+            raise DamagedError("the memory is damaged: its cycle makes no sense")
+
+    def _is_table(self, table: Mapping[str, Any]) -> bool:
+        """Whether a saved page table is one of this session: the selection within it, the page being filled too."""
+        lists, count = [table.get("selection"), table.get("resident")], self.pages.num_pages
+        for pages in lists:
+            if not isinstance(pages, list) or not all(type(page) is int and 0 <= page < count for page in pages):
+                return False
+            if pages != sorted(set(pages)):
+                return False
+        selection, resident = map(set, lists)
+        return selection <= resident and (not self.pages.num_chunks % self.config.page_chunks or count - 1 in resident)
 
     def check(self) -> None:
         assert 0 <= self.steps <= self.config.tau
-        if self.steps < self.config.tau:
+        if self.steps < self.config.tau and not self.due:
             assert set(self.selection.pages) <= set(self.pages.resident)

@@ -39,7 +39,11 @@ class SlotShare:
             return None
         return (self.slots - self.working_pages) // (2 if self.double_buffered else 1)
 
+    def holds(self, pages: int) -> bool:
+        """Whether a selection of this many pages fits."""
+        return self.capacity is None or pages <= self.capacity
+
     def admit(self, pages: int) -> None:
         """Raise BudgetError if a selection of this many pages cannot be held."""
-        if self.capacity is not None and pages > self.capacity:
-            raise BudgetError("device pool", pages * self.record_bytes, max(0, self.capacity) * self.record_bytes)
+        if not self.holds(pages):
+            raise BudgetError("device pool", pages * self.record_bytes, max(0, self.capacity or 0) * self.record_bytes)

@@ -32,8 +32,11 @@ class DiskTier(RecordStore):
     def __init__(self, record_bytes: int, directory: str, budget_bytes: int | None) -> None:
         super().__init__(record_bytes, budget_bytes)
         self.directory = Path(directory)
-        self.directory.mkdir(parents=True, exist_ok=True)
-        self._file = tempfile.TemporaryFile(dir=self.directory, prefix="flashmem-", buffering=0)  # noqa: SIM115
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            self._file = tempfile.TemporaryFile(dir=self.directory, prefix="flashmem-", buffering=0)  # noqa: SIM115
+        except OSError as error:
+            raise ValueError(f"disk_path {directory} cannot be written: {error}") from error
 
     def close(self) -> None:
         super().close()

@@ -229,6 +229,12 @@ class SessionPages:
         return self._resident[1]
 
     @property
+    def prefetched(self) -> tuple[int, ...] | None:
+        """Pages that a flip now would leave resident; None without a running prefetch."""
+        pending = self._pending
+        return pending and tuple(sorted({*pending.wanted, *range(pending.first_open, self.num_pages)}))
+
+    @property
     def live_bytes(self) -> int:
         """Bytes of the slots of the live table, reserved pages included."""
         return len(self.placed_pages()) * self.store.layout.record_bytes

@@ -12,8 +12,8 @@ import torch
 
 from .reference import lightning_scores_reference, merge_best, pick_ids, rank_keys
 
-SCORE_ELEMENTS = 1 << 22
-"""Float32 elements of per-head scores that one tile may hold (16 MiB)."""
+SCORE_ELEMENTS = 1 << 19
+"""Float32 elements of per-head scores that one tile may hold: 2 MiB, a CPU core's second-level cache."""
 
 
 def lightning_scores(q_BHI: torch.Tensor, w_BH: torch.Tensor, keys_BNI: torch.Tensor) -> torch.Tensor:
@@ -30,7 +30,7 @@ def topk_chunks(scores_BN: torch.Tensor, ids_BN: torch.Tensor, k: int) -> tuple[
     Equal scores are ordered by lower id. Ids must lie below 2^31.
     """
     k = min(k, scores_BN.shape[1])
-    keys = rank_keys(scores_BN, ids_BN)
+    keys = rank_keys(scores_BN, ids_BN, ids_BN >= 0)
     best = keys.topk(k, dim=1)
     valid = pick_ids(best.values) >= 0
     return torch.where(valid, best.indices, 0), valid
@@ -56,8 +56,8 @@ def topk_history(
         for lo in range(0, queries, step):
             hi = min(lo + step, queries)
             scores = lightning_scores_reference(q_SHI[lo:hi], w_SH[lo:hi], keys_NI)
-            ids = torch.where(ids_N < visible_S[lo:hi, None], ids_N, -1)
-            best[lo:hi] = merge_best(best[lo:hi], rank_keys(scores, ids))
+            keys = rank_keys(scores, ids_N, ids_N < visible_S[lo:hi, None])
+            best[lo:hi] = merge_best(best[lo:hi], keys)
     return pick_ids(best)
 
 

@@ -22,10 +22,14 @@ def lightning_scores_reference(q_BHI: torch.Tensor, w_BH: torch.Tensor, keys: to
     return torch.bmm(w_BH.float()[:, None], dots_BHN.relu_())[:, 0]
 
 
-def rank_keys(scores_BN: torch.Tensor, ids_BN: torch.Tensor) -> torch.Tensor:
-    bits = (scores_BN + 0.0).contiguous().view(torch.int32)  # + 0.0 makes -0.0 and 0.0 one score
-    ordered = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(torch.int64)
-    return torch.where(ids_BN >= 0, (ordered << 32) | (LARGEST_ID - ids_BN), NOTHING)
+def rank_keys(scores_BN: torch.Tensor, ids: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+    """Rank keys [B, N] of chunks `ids`, `NOTHING` where not valid; both broadcast. In place: passes are the cost."""
+    bits = (scores_BN + 0.0).view(torch.int32)  # + 0.0 makes -0.0 and 0.0 one score
+    bits ^= (bits >> 31) & 0x7FFFFFFF
+    keys = bits.to(torch.int64)
+    keys <<= 32
+    keys |= LARGEST_ID - ids
+    return keys.masked_fill_(~valid, NOTHING)
 
 
 def merge_best(best_BK: torch.Tensor, keys_BN: torch.Tensor) -> torch.Tensor:
