@@ -157,6 +157,8 @@ class Document:
     """Tokens read by prefill: level 1 first runs at position prompt_tokens - 1."""
     source: str = ""
     """Hash of the prompt and of what else decides the document."""
+    meta: Mapping[str, Any] = field(default_factory=dict)
+    """What the prompt's author said of it: JSON values."""
     positions: torch.Tensor
     """Int64 [Q], ascending: the query is made of the tokens up to and including this one."""
     num_chunks: torch.Tensor
@@ -221,6 +223,7 @@ class Entry:
     chunks: int
     queries: int
     source: str
+    meta: Mapping[str, Any]
     bytes: int
     sha256: str
 
@@ -286,7 +289,8 @@ class ShardWriter:
         path = self.directory / file_name(document.rid)
         temporary = path.with_suffix(".tmp")
         try:
-            save_file(_tensors_of(document), temporary, metadata={"rid": document.rid, "format": FORMAT})
+            # one entry of metadata: several are written in any order, and equal documents must be equal files
+            save_file(_tensors_of(document), temporary, metadata={"rid": document.rid})
             _sync(temporary)
             size, digest = temporary.stat().st_size, _sha256(temporary)
             os.replace(temporary, path)
@@ -295,7 +299,7 @@ class ShardWriter:
             raise
         entry = Entry(
             document.rid, path.name, document.tokens, document.prompt_tokens, document.total_chunks, len(document),
-            document.source, size, digest,
+            document.source, dict(document.meta), size, digest,
         )  # fmt: skip
         self.entries[document.rid] = entry
         self._write_manifest()
@@ -403,6 +407,7 @@ def _document_of(entry: Entry, meta: ShardMeta, tensors: Mapping[str, torch.Tens
         tokens=entry.tokens,
         prompt_tokens=entry.prompt_tokens,
         source=entry.source,
+        meta=entry.meta,
         positions=tensors["positions"],
         num_chunks=tensors["num_chunks"],
         observed=tensors["observed"],
