@@ -168,7 +168,10 @@ def _record(line: str, where: str) -> dict[str, Any]:
         raise ValueError(f"{where}: unknown entries {', '.join(unknown)}; known are {', '.join(sorted(_KEYS))}")
     if not isinstance(record.get("id"), str | int):
         raise ValueError(f"{where}: it needs an id, a string or an integer")
-    file_name(str(record["id"]))
+    try:
+        file_name(str(record["id"]))
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
     if ("prompt" in record) == ("tokens" in record):
         raise ValueError(f"{where}: it needs one of prompt and tokens")
     if "response" in record and "response_tokens" in record:
