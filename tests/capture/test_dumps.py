@@ -11,30 +11,11 @@ import pytest
 import torch
 
 import flashmem
-from capture.test_format import GEOMETRY
 from flashmem.capture.dumps import ConvertConfig, convert, load_dump
 from flashmem.capture.format import ShardReader
+from support.shard_cases import FIRST, GEOMETRY, TOKENS, make_dump
 
 CONFIG = ConvertConfig(tau=8, observe=3, queries=20, vote_layers=2)
-FIRST, TOKENS = 37, 21  # the dump's first token stands at an odd place
-
-
-def make_dump(seed: int = 0) -> dict[str, Any]:
-    generator = torch.Generator().manual_seed(seed)
-    counts = torch.randint(0, 4, (TOKENS,), generator=generator)
-    total = int(counts.sum())
-    dump: dict[str, Any] = {
-        "label_indices": torch.cat([torch.randperm(9, generator=generator)[:n] for n in counts.tolist()]).int(),
-        "label_scores": torch.randint(2, 4, (total,), generator=generator).int(),
-        "label_pointers": torch.tensor([0, *counts.cumsum(0).tolist()]).int(),
-        "note": "text is a plain value",
-    }
-    for csa in (0, 2):
-        dump[f"hidden_layer_{csa}"] = torch.randn(TOKENS, 6, generator=generator).bfloat16()
-        dump[f"positions_layer_{csa}"] = torch.arange(FIRST, FIRST + TOKENS)
-        dump[f"compk_layer_{csa}"] = torch.randint(256, (20, 20), generator=generator, dtype=torch.uint8)
-        dump[f"logits_layer_{csa}_token_0"] = torch.randn(9)
-    return dump
 
 
 def write(directory: Path, *dumps: object) -> Path:
