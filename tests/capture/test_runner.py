@@ -105,6 +105,14 @@ def test_labels_are_what_the_stock_model_shows(tmp_path: Path, stock: Any, batch
     assert int(reader["forced"].vote.values.max()) >= 2
 
 
+@pytest.mark.gpu
+def test_labels_on_cuda_are_what_the_stock_model_shows(tmp_path: Path, stock: Any) -> None:
+    run(tmp_path, [PROMPTS[0], PROMPTS[2]], dataclasses.replace(CONFIG, batch=2), make_model().cuda())
+    for prompt in (PROMPTS[0], PROMPTS[2]):
+        assert prompt.response is not None
+        assert_shows(ShardReader(tmp_path)[prompt.rid], watch(stock, [*prompt.tokens, *prompt.response]))
+
+
 def test_queries_stand_at_the_end_of_the_prompt_and_at_boundaries(tmp_path: Path) -> None:
     run(tmp_path, PROMPTS[:1])
     positions = ShardReader(tmp_path)[0].positions.tolist()
