@@ -9,6 +9,7 @@ P = pages, C = chunks per page, K = picks.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -17,7 +18,7 @@ from transformers.models.deepseek_v4.modeling_deepseek_v4 import apply_rotary_po
 from ..kernels.index_rows import hadamard
 from ..kernels.kv_codec import decode_rows, encode_rows
 from ..kernels.select_chunks import lightning_scores, topk_chunks, topk_history
-from ..kernels.sparse_attention import KeySet, attend, attend_prefill
+from ..kernels.sparse_attention import KeySet, attend, attend_prefill, attention_weights
 from ..types import DecodePages, LayerHistory, PrefillPages
 from .compressor import pool_overlapping, pool_plain, project
 from .state import SessionState, StatePool
@@ -25,8 +26,21 @@ from .state import SessionState, StatePool
 KEY_TILE = 4096
 """Chunks whose index keys a prefill holds at a time."""
 
-PickObserver = Callable[[int, torch.Tensor], None]
-"""Called in decode with (layer, chunk ids [B, K], -1 where a session has fewer picks)."""
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Picks:
+    """What level 2 picked in one CSA layer of a decode step, best first."""
+
+    chunk_ids: torch.Tensor
+    """Int64 [B, K], -1 where a session has fewer picks."""
+    scores: torch.Tensor
+    """Float32 [B, K], undefined where there is no pick."""
+    weights: torch.Tensor
+    """Float32 [B, H, K]: attention probabilities, the sink in the denominator."""
+
+
+PickObserver = Callable[[int, Picks], None]
+"""Called in decode with (layer, picks); not for a layer in which no session of the batch has a chunk."""
 
 
 class Step(Protocol):
@@ -221,6 +235,7 @@ class DecodeStep:
         self.positions = torch.tensor([state.position for state in states])
         self._by_device: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
         self._observed: list[tuple[int, torch.Tensor]] = []
+        self._picked: tuple[torch.Tensor, torch.Tensor]  # of the layer that runs; only while somebody observes
 
     def attend(
         self,
@@ -241,6 +256,9 @@ class DecodeStep:
         sets: list[KeySet] = [(window_BWD, seen)]
         if g.layer_kinds[layer] == "csa":
             sets += self._csa_set(attention.compressor, layer, hidden, q_residual, rope)
+            if self.on_picks is not None and len(sets) > 1:
+                weights = attention_weights(q[:, 0], sets, attention.sinks, attention.scaling)
+                self.on_picks(layer, Picks(*self._picked, weights[..., g.sliding_window :]))
         elif g.layer_kinds[layer] == "hca":
             sets += self._hca_set(attention.compressor, layer, hidden)
         return attend(q[:, 0], sets, attention.sinks, attention.scaling)[:, None]
@@ -290,7 +308,7 @@ class DecodeStep:
         scores = lightning_scores(q[:, 0], weights[:, 0], self.pages.keys(layer).flatten(1, 2))
         picks, valid = topk_chunks(scores, ids, g.index_topk)
         if self.on_picks is not None:
-            self.on_picks(layer, torch.where(valid, ids.gather(1, picks), -1))
+            self._picked = torch.where(valid, ids.gather(1, picks), -1), scores.gather(1, picks)
         return [(self.pages.kv(layer, picks), valid)]
 
     def _csa_window(

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from .reference import attend_reference, band_mask
+from .reference import attend_reference, attention_weights_reference, band_mask
 
 KeySet = tuple[torch.Tensor, torch.Tensor]
 """Entries [B, N, D] (one set per query) or [N, D] (shared by all queries), and their validity, bool [B, N]."""
@@ -29,6 +29,11 @@ def attend(q_BHD: torch.Tensor, sets: Sequence[KeySet], sinks_H: torch.Tensor, s
         if valid.shape != (q_BHD.shape[0], kv.shape[-2]) or kv.shape[-1] != q_BHD.shape[-1]:
             raise ValueError(f"q {tuple(q_BHD.shape)}, kv {tuple(kv.shape)}, valid {tuple(valid.shape)} do not fit")
     return attend_reference(q_BHD, sets, sinks_H, scale)
+
+
+def attention_weights(q_BHD: torch.Tensor, sets: Sequence[KeySet], sinks_H: torch.Tensor, scale: float) -> torch.Tensor:
+    """The probabilities behind `attend`: float32 [B, H, entries of all sets]; what is missing to 1 is the sink's."""
+    return attention_weights_reference(q_BHD, sets, sinks_H, scale)
 
 
 def attend_prefill(
@@ -62,4 +67,4 @@ def attend_prefill(
     return out
 
 
-__all__ = ["LOGIT_ELEMENTS", "KeySet", "attend", "attend_prefill"]
+__all__ = ["LOGIT_ELEMENTS", "KeySet", "attend", "attend_prefill", "attention_weights"]

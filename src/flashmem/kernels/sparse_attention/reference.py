@@ -16,14 +16,21 @@ def attend_reference(
 ) -> torch.Tensor:
     # bytes of invalid rows are undefined, and a NaN there would survive a zero weight
     kvs = [kv.masked_fill(~valid[..., None], 0) if kv.dim() == 3 else kv for kv, valid in sets]
+    cleaned = [(kv, valid) for kv, (_, valid) in zip(kvs, sets, strict=True)]
+    weights = attention_weights_reference(q_BHD, cleaned, sinks_H, scale).to(q_BHD.dtype)
+    parts = weights.split([kv.shape[-2] for kv in kvs], dim=-1)
+    return sum((part @ kv for part, kv in zip(parts, kvs, strict=True)), start=torch.zeros_like(q_BHD))
+
+
+def attention_weights_reference(
+    q_BHD: torch.Tensor, sets: Sequence[tuple[torch.Tensor, torch.Tensor]], sinks_H: torch.Tensor, scale: float
+) -> torch.Tensor:
     logits = [
         ((q_BHD @ kv.transpose(-1, -2)).float() * scale).masked_fill(~valid[:, None], float("-inf"))
-        for kv, (_, valid) in zip(kvs, sets, strict=True)
+        for kv, valid in sets
     ]
     sink_BH1 = sinks_H.float().expand(q_BHD.shape[0], -1)[..., None]
-    weights = torch.cat((*logits, sink_BH1), dim=-1).softmax(dim=-1).to(q_BHD.dtype)
-    parts = weights[..., :-1].split([kv.shape[-2] for kv in kvs], dim=-1)
-    return sum((part @ kv for part, kv in zip(parts, kvs, strict=True)), start=torch.zeros_like(q_BHD))
+    return torch.cat((*logits, sink_BH1), dim=-1).softmax(dim=-1)[..., :-1]
 
 
 def band_mask(
