@@ -18,7 +18,7 @@ import numpy as np
 
 from .corpus import Corpus, Split
 from .recipe import Recipe, Stage
-from .tasks import FAMILIES, MAX_CHOICES, Lexicon, Row, frequent_words_row, pairs_row, prose_row, recall_row
+from .tasks import FAMILIES, MAX_CHOICES, REST, Lexicon, Row, frequent_words_row, pairs_row, prose_row, recall_row
 
 GROUPS = ("number", "multivalue", "several", "kv", "vt", "talk", "hop", "song", "fwe", "pairs", "lm")
 """Families that are logged apart."""
@@ -39,7 +39,7 @@ class Batch:
     """Right next tokens; the first is the row's own, unused ones are -1."""
     weights_R: np.ndarray
     groups_R: np.ndarray
-    """Index into GROUPS; -1 for padding."""
+    """Index into GROUPS of tokens that count as right or wrong; -1 for commas, ends and padding."""
     kl_rows_BK: np.ndarray
 
 
@@ -104,7 +104,8 @@ def collate(rng: random.Random, rows: list[Row], recipe: Recipe, stage: Stage) -
             base = index * S + answer.start - 1
             where += range(base, base + len(answer.weights))
             weights += [weight * scale for weight in answer.weights]
-            groups += [GROUPS.index(answer.family)] * len(answer.weights)
+            group = GROUPS.index(answer.family)
+            groups += [group if weight >= REST else -1 for weight in answer.weights]
     ids_BS = np.stack([row.ids for row in rows]).astype(np.int32)
     flat = ids_BS.reshape(-1)
     count = min(len(where), R)  # dense batches may hold more answers than fit; the last rows lose some

@@ -135,6 +135,8 @@ class Stage:
     length: int
     rows: int
     steps: int
+    seconds: float | None = None
+    """The stage ends after so long at the latest, its set-up not counted."""
     kinds: Mapping[str, float] = field(default_factory=dict)
     """Row kind -> share of the batch. A kind is a family, 'a+b' for families mixed in one row, 'any' for all recall
     families mixed, 'pairs', 'fwe' or 'lm'."""

@@ -19,7 +19,9 @@ NUMBER_REPEATS = 3_000
 """How often every number below 1000 is shown to the BPE trainer; enough to outrank any merge of prose."""
 
 
-def train_tokenizer(texts: Iterable[str], *, vocab_size: int = 4096) -> Tokenizer:
+def train_tokenizer(
+    texts: Iterable[str], *, vocab_size: int = 4096, number_repeats: int = NUMBER_REPEATS
+) -> Tokenizer:
     """Learn merges from texts and from all groups of one to three digits."""
     tokenizer = Tokenizer(models.BPE(unk_token=None))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -35,7 +37,7 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int = 4096) -> Tokenize
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(_with_numbers(texts), trainer)
+    tokenizer.train_from_iterator(_with_numbers(texts, number_repeats), trainer)
     if missing := [n for n in digit_groups() if tokenizer.token_to_id(n) is None]:
         raise ValueError(f"{len(missing)} digit groups did not become tokens, {missing[0]!r} first: vocab too small")
     return tokenizer
@@ -55,10 +57,10 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     return Tokenizer.from_file(str(path))
 
 
-def _with_numbers(texts: Iterable[str]) -> Iterator[str]:
+def _with_numbers(texts: Iterable[str], repeats: int) -> Iterator[str]:
     yield from texts
     numbers = "\n".join(digit_groups())
-    for _ in range(NUMBER_REPEATS):
+    for _ in range(repeats):
         yield numbers
 
 
