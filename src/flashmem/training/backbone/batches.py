@@ -18,7 +18,7 @@ import numpy as np
 
 from .corpus import Corpus, Split
 from .recipe import Recipe, Stage
-from .tasks import FAMILIES, MAX_CHOICES, REST, Lexicon, Row, frequent_words_row, pairs_row, prose_row, recall_row
+from .tasks import FAMILIES, FIRST, MAX_CHOICES, REST, Lexicon, Row, frequent_words_row, pairs_row, prose_row, recall_row
 
 GROUPS = ("number", "multivalue", "several", "kv", "vt", "talk", "hop", "song", "fwe", "pairs", "lm")
 """Families that are logged apart."""
@@ -40,6 +40,8 @@ class Batch:
     weights_R: np.ndarray
     groups_R: np.ndarray
     """Index into GROUPS of tokens that count as right or wrong; -1 for commas, ends and padding."""
+    first_R: np.ndarray
+    """True at the first token of a value."""
     kl_rows_BK: np.ndarray
 
 
@@ -96,6 +98,7 @@ def collate(rng: random.Random, rows: list[Row], recipe: Recipe, stage: Stage) -
     choices: dict[int, list[int]] = {}
     weights: list[float] = []
     groups: list[int] = []
+    first: list[bool] = []
     for index, row in enumerate(rows):
         for answer in row.answers:
             scale = recipe.family_weight.get(answer.family, 1.0) / sum(answer.weights) ** 0.5
@@ -104,6 +107,7 @@ def collate(rng: random.Random, rows: list[Row], recipe: Recipe, stage: Stage) -
             base = index * S + answer.start - 1
             where += range(base, base + len(answer.weights))
             weights += [weight * scale for weight in answer.weights]
+            first += [weight == FIRST for weight in answer.weights]
             group = GROUPS.index(answer.family)
             groups += [group if weight >= REST else -1 for weight in answer.weights]
     ids_BS = np.stack([row.ids for row in rows]).astype(np.int32)
@@ -111,7 +115,9 @@ def collate(rng: random.Random, rows: list[Row], recipe: Recipe, stage: Stage) -
     count = min(len(where), R)  # dense batches may hold more answers than fit; the last rows lose some
     rows_R, targets_RC = np.zeros(R, np.int64), np.full((R, MAX_CHOICES), -1, np.int64)
     weights_R, groups_R = np.zeros(R, np.float32), np.full(R, -1, np.int64)
+    first_R = np.zeros(R, dtype=bool)
     if count:
+        first_R[:count] = first[:count]
         rows_R[:count] = where[:count]
         targets_RC[:count, 0] = flat[rows_R[:count] + 1]
         weights_R[:count] = weights[:count]
@@ -131,7 +137,7 @@ def collate(rng: random.Random, rows: list[Row], recipe: Recipe, stage: Stage) -
         weights_R[span] = stage.lm_weight / len(picked)
     return Batch(
         ids_BS, _positions(generator, stage, B), _visible(generator, stage, B, len(recipe.sizes.csa_layers)),
-        rows_R, targets_RC, weights_R, groups_R, _kl_rows(generator, rows, recipe.kl_rows // B, S),
+        rows_R, targets_RC, weights_R, groups_R, first_R, _kl_rows(generator, rows, recipe.kl_rows // B, S),
     )  # fmt: skip
 
 

@@ -407,6 +407,11 @@ class Backbone:
         per_row = S // (self.sizes.csa_ratio if kind == "C" else self.sizes.hca_ratio)
         return torch.arange(B * per_row, device=device) % per_row == 0
 
+    def index(self, low_NQ: Tensor, h_ND: Tensor, keys_EJ: Tensor, p: Params, cos: Tensor, sin: Tensor) -> Tensor:
+        """Lightning scores [N, E] of one row's queries."""
+        batched = (low_NQ.unsqueeze(0), h_ND.unsqueeze(0), keys_EJ.unsqueeze(0))
+        return index_scores(*batched, p, cos, sin, self.sizes, self.compute)[0]
+
     def forward(
         self, ids_BS: Tensor, rows_R: Tensor | None = None, *, positions_BS: Tensor | None = None,
         visible_BL: Tensor | None = None, kl_rows_BK: Tensor | None = None, topk: int | None = None,

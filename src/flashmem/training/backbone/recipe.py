@@ -137,6 +137,9 @@ class Stage:
     steps: int
     seconds: float | None = None
     """The stage ends after so long at the latest, its set-up not counted."""
+    until: float | None = None
+    """The stage ends once the first tokens of values are right this often, over the families of `until_families`."""
+    until_families: tuple[str, ...] = ("kv", "number")
     kinds: Mapping[str, float] = field(default_factory=dict)
     """Row kind -> share of the batch. A kind is a family, 'a+b' for families mixed in one row, 'any' for all recall
     families mixed, 'pairs', 'fwe' or 'lm'."""
@@ -195,7 +198,7 @@ class Recipe:
         made = dict(values)
         made["sizes"] = Sizes(**made.get("sizes", {}))
         made["stages"] = tuple(
-            Stage(**{k: tuple(v) if k in ("facts", "questions") else v for k, v in stage.items()})
+            Stage(**{k: tuple(v) if isinstance(v, list) else v for k, v in stage.items()})
             for stage in made.get("stages", [])
         )
         return cls(**made)

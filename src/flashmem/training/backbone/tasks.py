@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -33,12 +34,15 @@ from .corpus import Corpus, Split
 from .tokenizer import BOS_ID, EOS_ID, load_tokenizer
 
 Ids = list[int]
+Style = Literal["ruler", "short", "line"]
 FIRST, REST, FRAME = 2.0, 1.0, 0.3
 """Loss weights: the first token of a value (it decides), its other tokens, and commas, spaces and the end."""
 TEST_SHARE = 8
 """One of so many keys, values, variables and names belongs to the test split."""
 MAX_CHOICES = 8
 """Most tokens that may be right at one answer position (values of a key come in any order)."""
+GAPS = ("",) * 7 + (":", ":", ": ", ": ", " =", " = ", " is: ", " is ", " has the number ")
+"""What may stand between key and value of `kv`; nothing in about half of all lines."""
 ATTRIBUTES = ("drink", "song", "book", "colour", "game", "flower", "dish", "street", "animal", "city", "tree", "fruit")
 _ONSETS = ("B", "D", "F", "G", "H", "K", "L", "M", "N", "P", "R", "S", "T", "V", "Z")
 _MIDDLES = ("ala", "ema", "iro", "ona", "uri", "ada", "eli", "oma", "ina", "aro", "esa", "ulo")
@@ -138,6 +142,8 @@ class Draw:
     lexicon: Lexicon
     split: Split
     hyphen: bool = False
+    seconds: Sequence[int] = ()
+    """Where given, the second words of keys come from these few, so that the first word matters."""
     chains: list[list[int]] = field(default_factory=list)
     statements: list[Ids] = field(default_factory=list)
     questions: list[Question] = field(default_factory=list)
@@ -164,7 +170,7 @@ class Draw:
     def key(self) -> Ids:
         """Two words; in a row with hyphens the second is written without its space."""
         words = self.lexicon.words
-        pair = self.fresh(0, lambda: (self.random.choice(words), self.random.choice(words)))
+        pair = self.fresh(0, lambda: (self.random.choice(words), self.random.choice(self.seconds or words)))
         if not self.hyphen:
             return list(pair)
         second = self.lexicon.tokenizer.decode([pair[1]]).strip()
@@ -226,8 +232,8 @@ def _any_order(draw: Draw, family: str, prompt: Ids, values: list[Ids], statemen
     return Question(family, prompt, [*answer, EOS_ID], [*weights, FRAME], also, statements=tuple(statements))
 
 
-def number(draw: Draw, num_values: int | None = None) -> None:
-    """RULER's needle; four values now and then."""
+def number(draw: Draw, num_values: int | None = None, *, style: Style | None = None) -> None:
+    """RULER's needle; four values now and then. The style of a question about one value is drawn unless given."""
     key = draw.key()
     if num_values is None:
         num_values = 4 if draw.random.random() < 0.25 else 1
@@ -236,13 +242,16 @@ def number(draw: Draw, num_values: int | None = None) -> None:
         draw.state(draw.words(" One of the special magic numbers for", key, " is: ", value, "."))[0] for value in values
     ]
     if num_values == 1:
-        if draw.random.random() < 0.5:
+        style = style or draw.random.choice(("ruler", "short", "line"))
+        if style == "ruler":
             prompt = draw.words(
                 "\nWhat is the special magic number for", key, " mentioned in the provided text?",
                 " The special magic number for", key, " mentioned in the provided text is",
             )  # fmt: skip
-        else:
+        elif style == "short":
             prompt = draw.words("\nQuestion: What is the special magic number for", key, "?\nAnswer:")
+        else:
+            prompt = draw.words("\nThe special magic number for", key, " is:")
         draw.questions.append(_answer("number", prompt, [draw.lexicon.space], values[0], serials))
         draw.listable.append(("number", key, values[0], serials[0]))
     else:
@@ -254,11 +263,23 @@ def number(draw: Draw, num_values: int | None = None) -> None:
 
 
 def kv(draw: Draw) -> None:
-    """A line of key and value."""
-    key, value = draw.key(), draw.number(6)
-    (serial,) = draw.state(draw.words("\n", key, ": ", value))
-    prompt = draw.words("\nQuestion:", key, "?\nAnswer:")
-    draw.questions.append(_answer("kv", prompt, [draw.lexicon.space], value, (serial,)))
+    """A line of key and value, with more or less between the two.
+
+    Recall is learned where the value follows its key at once, and from there over ever longer gaps: without the short
+    ones the first token of a value is not learned at all.
+    """
+    key, value, rng = draw.key(), draw.number(6), draw.random
+    gap = rng.choice(GAPS)
+    (serial,) = draw.state(draw.words("\n", key, gap, value))
+    if rng.random() < 0.75:
+        asked = gap if rng.random() < 0.7 else rng.choice(GAPS)
+        frame = draw.words(asked)
+        answer, weights = frame + value, [FRAME] * len(frame) + _value_weights(value)
+        question = Question("kv", draw.words("\n", key), answer, weights, statements=(serial,))
+    else:
+        prompt = draw.words("\nQuestion:", key, "?\nAnswer:")
+        question = _answer("kv", prompt, [draw.lexicon.space], value, (serial,))
+    draw.questions.append(question)
     draw.listable.append(("kv", key, value, serial))
 
 
@@ -292,14 +313,15 @@ def several(draw: Draw, count: int) -> bool:
     return True
 
 
-def vt(draw: Draw, hops: int | None = None) -> None:
+def vt(draw: Draw, hops: int | None = None, *, style: Style | None = None) -> None:
     """A chain: VAR a = number, VAR b = VAR a, ...; asked for all variables that hold the number."""
     hops = draw.random.randint(0, 4) if hops is None else hops
     value, variables = draw.number(5), [draw.variable() for _ in range(hops + 1)]
     chain = [draw.words(" VAR", variables[0], " = ", value, ".")]
     chain += [draw.words(" VAR", new, " = VAR", old, ".") for old, new in zip(variables, variables[1:], strict=False)]
     serials = draw.state(*chain)
-    if draw.random.random() < 0.5:
+    style = style or draw.random.choice(("ruler", "short"))
+    if style == "ruler":
         prompt = draw.words(
             "\nQuestion: Find all variables that are assigned the value ", value, " in the text above. Answer:",
             " According to the chain(s) of variable assignment in the text above, ", str(hops + 1),
@@ -423,10 +445,11 @@ def recall_row(
     *,
     facts_share: float,
     questions_share: float,
-    several_share: float = 0.2,
+    several_share: float = 0.12,
 ) -> Row:
     """A row of about the given shares of fact and question tokens; the rest is prose."""
-    draw = Draw(rng, lexicon, split, hyphen=rng.random() < 0.2)
+    seconds = rng.sample(lexicon.words, min(max(6, length // 512), len(lexicon.words))) if rng.random() < 0.4 else ()
+    draw = Draw(rng, lexicon, split, hyphen=rng.random() < 0.2, seconds=seconds)
     room = int(length * facts_share)
     used, song_room = 0, max(8, min(80, room // 4))
     while used < room or not draw.questions:
@@ -435,7 +458,7 @@ def recall_row(
         if family == "song":
             song(draw, rng.randint(6, song_room))
         elif family == "number" and length < 512:
-            number(draw, 1 if rng.random() < 0.75 else rng.randint(2, 3))
+            number(draw, 1 if rng.random() < 0.9 else rng.randint(2, 3))
         else:
             FAMILIES[family](draw)
         added = sum(map(len, draw.statements[before:]))

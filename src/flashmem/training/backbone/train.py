@@ -46,7 +46,7 @@ class Stepper:
     def __init__(self, trainer: Trainer, stage: Stage, batch: Batch) -> None:
         self.trainer, self.stage = trainer, stage
         self.inputs = {name: value.to(trainer.device) for name, value in _tensors(batch).items()}
-        self.counts = torch.zeros(len(GROUPS) + 1, 3, device=trainer.device)
+        self.counts = torch.zeros(len(GROUPS) + 1, 5, device=trainer.device)
         self.sums = torch.zeros(3, device=trainer.device)
         self.graph: torch.cuda.CUDAGraph | None = None
         if trainer.device.type == "cuda":
@@ -61,7 +61,9 @@ class Stepper:
             assert value.grad is not None
             value.grad.zero_()
         group = torch.where(given["groups_R"] < 0, len(GROUPS), given["groups_R"])
-        self.counts.index_add_(0, group, torch.stack((torch.ones_like(losses), losses, right.float()), dim=1))
+        first = given["first_R"].float()
+        stats = torch.stack((torch.ones_like(losses), losses, right.float(), first, first * right), dim=1)
+        self.counts.index_add_(0, group, stats)
         self.sums += torch.stack((loss.detach(), kl.detach(), norm.detach()))
 
     def _capture(self) -> None:
@@ -93,12 +95,17 @@ class Stepper:
     def report(self, steps: int) -> dict[str, Any]:
         """Means since the last report."""
         loss, kl, norm = (self.sums / steps).tolist()
-        counts = self.counts.tolist()
+        counts = list(zip(GROUPS, self.counts.tolist(), strict=False))
         self.sums.zero_()
         self.counts.zero_()
-        right = {name: round(row[2] / row[0], 4) for name, row in zip(GROUPS, counts, strict=False) if row[0]}
-        each = {name: round(row[1] / row[0], 4) for name, row in zip(GROUPS, counts, strict=False) if row[0]}
-        return {"loss": round(loss, 4), "kl": round(kl, 4), "norm": round(norm, 3), "right": right, "losses": each}
+        return {
+            "loss": round(loss, 4),
+            "kl": round(kl, 4),
+            "norm": round(norm, 3),
+            "right": {name: round(row[2] / row[0], 4) for name, row in counts if row[0]},
+            "first": {name: round(row[4] / row[3], 4) for name, row in counts if row[3]},
+            "losses": {name: round(row[1] / row[0], 4) for name, row in counts if row[0]},
+        }
 
 
 def _tensors(batch: Batch) -> dict[str, Tensor]:
@@ -177,6 +184,8 @@ class Trainer:
                 if seconds is not None and now - began > seconds:
                     return False
                 if stage.seconds is not None and now - running > stage.seconds:
+                    break
+                if stage.until and min(row["first"].get(f, 0.0) for f in stage.until_families) >= stage.until:
                     break
         del stepper
         gc.collect()
