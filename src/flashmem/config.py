@@ -157,9 +157,11 @@ class ModelGeometry:
         if not path.is_file():
             raise ValueError(f"no model config at {path}")
         try:
-            values = json.loads(path.read_text())
-        except json.JSONDecodeError as error:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
             raise ValueError(f"{path} is not JSON: {error}") from error
+        if not isinstance(values, dict):
+            raise ValueError(f"{path} is no model config: it holds no JSON object")
         return cls.from_mapping(values)
 
 
@@ -205,7 +207,7 @@ class LSAConfig:
     """What a user chooses about Lookahead Sparse Attention."""
 
     policy: Any = "lsa"
-    """A name ('lsa', 'all', 'recency', 'random', 'carry-over', 'native') or an object with the protocol `types.Policy`."""
+    """'lsa', 'all', 'recency', 'random', 'carry-over', 'native', or an object with the protocol `types.Policy`."""
     page_chunks: int = 64
     """Chunks per page, a power of two from 4; 64 chunks are 256 tokens."""
     tau: int = 64
@@ -224,10 +226,10 @@ class LSAConfig:
     """First pages, always kept."""
     recency_pages: int = 2
     """Last pages, always kept; the page being filled counts."""
-    observation_window: int = 1
-    """Hidden states of the last m tokens that level 1 reads; 1 as published."""
-    ensemble: Literal["max", "mean"] = "max"
-    """How logits of target layers and observed tokens combine."""
+    observation_window: int | None = None
+    """Hidden states of the last m tokens that level 1 reads; None means the indexer's own setting (1 as published)."""
+    ensemble: Literal["max", "mean"] | None = None
+    """How logits of target layers and observed tokens combine; None means the indexer's own setting."""
     rescue: bool = False
     """Widen the budget or re-run level 1 early when the selection is seen to be too small (see `lookahead.cycle`)."""
     rescue_interval: int = 8
@@ -238,6 +240,8 @@ class LSAConfig:
     """Format of the records; 'auto' is the model's own dtype, hence exact."""
     device_budget_bytes: int | None = None
     """Bytes of the device pool, over all devices; None lets it grow with what sessions need."""
+    max_sessions: int = 1
+    """With a device budget: sessions that may be open at a time; each is promised an equal share of the pool."""
     host_budget_bytes: int | None = None
     disk_budget_bytes: int | None = None
     disk_path: str | None = None
@@ -249,9 +253,11 @@ class LSAConfig:
     def __post_init__(self) -> None:
         if self.page_chunks < 4 or self.page_chunks & (self.page_chunks - 1):
             raise ValueError(f"page_chunks must be a power of two from 4, got {self.page_chunks}")
-        for name in ("tau", "observation_window", "rescue_interval", "prefill_chunk", "recency_pages"):
+        for name in ("tau", "rescue_interval", "prefill_chunk", "recency_pages", "max_sessions"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.observation_window is not None and self.observation_window < 1:
+            raise ValueError(f"observation_window must be at least 1, got {self.observation_window}")
         for name in ("floor_pages", "sink_pages", "lead"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
@@ -265,7 +271,7 @@ class LSAConfig:
             raise ValueError(f"ceiling_pages must be at least floor_pages={self.floor_pages}, got {self.ceiling_pages}")
         if not 0 <= self.rescue_recall <= 1:
             raise ValueError(f"rescue_recall must lie in [0, 1], got {self.rescue_recall}")
-        if self.ensemble not in ("max", "mean"):
+        if self.ensemble not in (None, "max", "mean"):
             raise ValueError(f"ensemble must be 'max' or 'mean', got {self.ensemble!r}")
         if self.kv_format not in ("auto", "fp32", "bf16", "fp8"):
             raise ValueError(f"kv_format must be 'auto', 'fp32', 'bf16' or 'fp8', got {self.kv_format!r}")

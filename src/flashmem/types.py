@@ -133,7 +133,7 @@ class DecodePages(Protocol):
         ...
 
     def write(self, layer: int, rows: torch.Tensor, kv_ND: torch.Tensor, keys_NI: torch.Tensor) -> None:
-        """Store the chunk that batch rows `rows` (int64 [N]) completed in this step."""
+        """Store the chunk that batch rows `rows` (int64 [N] on the CPU) completed in this step."""
         ...
 
 

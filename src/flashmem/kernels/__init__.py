@@ -1,1 +1,1 @@
-"""One folder per operation: `reference.py` is the definition, `fused.py` is Triton, `__init__.py` checks and dispatches."""
+"""One folder per operation: `reference.py` defines it, `fused.py` is Triton, `__init__.py` checks and dispatches."""

@@ -22,7 +22,8 @@ def hadamard_reference(x: torch.Tensor) -> torch.Tensor:
 
 def encode_index_rows_reference(keys_NI: torch.Tensor) -> torch.Tensor:
     rotated = hadamard_reference(keys_NI)
-    scale = rotated.abs().amax(dim=-1, keepdim=True).clamp_min(SMALLEST_AMAX) / E4M3_MAX
+    # a product, not a quotient: dividing by a constant rounds differently on CPU and CUDA, and rows must be equal
+    scale = rotated.abs().amax(dim=-1, keepdim=True).clamp_min(SMALLEST_AMAX) * (1 / E4M3_MAX)
     values = (rotated / scale).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
     return torch.cat((values.view(torch.uint8), scale.contiguous().view(torch.uint8)), dim=-1)
 

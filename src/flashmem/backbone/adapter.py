@@ -1,0 +1,108 @@
+"""Class swap of the attention modules of a loaded `DeepseekV4ForCausalLM`, and its forwards.
+
+Swapped modules behave as before unless the cache they are given carries a `step`; there are no new parameters, and
+`Backbone.detach` puts the stock classes back. Works with transformers from 5.17, whose modules call the cache argument
+`past_key_values`, and with the newest, which call it `cache`.
+"""
+
+from __future__ import annotations
+
+import inspect
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from transformers.models.deepseek_v4 import modeling_deepseek_v4 as stock
+
+from ..config import ModelGeometry
+from .steps import DecodeStep, PrefillStep
+
+
+class LSAAttention(stock.DeepseekV4Attention):
+    """Attention that hands its queries to the step of a flashmem cache; stock attention for any other cache."""
+
+    def forward(self, hidden_states, position_embeddings, position_ids, attention_mask=None, *args, **kwargs):  # type: ignore[no-untyped-def]
+        cache = args[0] if args else kwargs.get("cache", kwargs.get("past_key_values"))
+        if cache is None or not hasattr(cache, "step"):
+            return super().forward(hidden_states, position_embeddings, position_ids, attention_mask, *args, **kwargs)
+        if cache.step is None:
+            raise RuntimeError("this cache has no forward in progress: call the model that flashmem is attached to")
+        rope = cos, sin = position_embeddings[self.rope_layer_type]
+        q_residual = self.q_a_norm(self.q_a_proj(hidden_states))
+        q = self.q_b_norm(self.q_b_proj(q_residual).unflatten(-1, (-1, self.head_dim)))
+        q = stock.apply_rotary_pos_emb(q, cos, sin, unsqueeze_dim=2)
+        kv = self.kv_norm(self.kv_proj(hidden_states))
+        kv = stock.apply_rotary_pos_emb(kv[:, :, None], cos, sin, unsqueeze_dim=2)[:, :, 0]
+        out = cache.step.attend(self, hidden_states, q_residual, q, kv, rope)
+        out = stock.apply_rotary_pos_emb(out, cos, -sin, unsqueeze_dim=2)  # V carries its position: take it off
+        out = self.o_a_proj(out.reshape(*hidden_states.shape[:-1], self.config.o_groups, -1)).flatten(2)
+        return self.o_b_proj(out), None
+
+
+class Backbone:
+    """A loaded model whose attention reads pages."""
+
+    def __init__(self, model: Any) -> None:
+        if not isinstance(model, stock.DeepseekV4ForCausalLM):
+            raise ValueError(f"flashmem runs DeepseekV4ForCausalLM, got {type(model).__name__}")
+        attentions = [layer.self_attn for layer in model.model.layers]
+        for attention in attentions:
+            if type(attention) is not stock.DeepseekV4Attention:
+                raise ValueError(f"layer {attention.layer_idx} has {type(attention).__name__}: already attached?")
+            if "forward" in attention.__dict__:
+                raise ValueError(
+                    f"layer {attention.layer_idx} is offloaded by accelerate hooks; keep cpu and disk out of device_map"
+                )
+        self.model = model.eval()
+        self.geometry = ModelGeometry.from_mapping(model.config.to_dict())
+        self.dtype: torch.dtype = model.model.embed_tokens.weight.dtype
+        self.device_of_layer = {a.layer_idx: a.sinks.device for a in attentions}
+        self.input_device: torch.device = model.model.embed_tokens.weight.device
+        self.cache_argument = (
+            "cache" if "cache" in inspect.signature(model.model.forward).parameters else "past_key_values"
+        )
+        self._keep_norms_in_dtype()
+        for attention in attentions:
+            attention.__class__ = LSAAttention
+        self.attached = True
+
+    def detach(self) -> None:
+        """Put the stock classes back."""
+        for layer in self.model.model.layers:
+            layer.self_attn.__class__ = stock.DeepseekV4Attention
+        self.attached = False
+
+    def _keep_norms_in_dtype(self) -> None:
+        """Before transformers 5.20, a float32 norm weight makes a bf16 model's norms return float32 and crash."""
+        if self.dtype is torch.float32:
+            return
+        for module in self.model.modules():
+            if isinstance(module, stock.DeepseekV4RMSNorm):
+                probe = module(torch.zeros(1, module.weight.shape[0], dtype=self.dtype, device=module.weight.device))
+                if probe.dtype is not self.dtype:
+                    module.to(self.dtype)
+
+    def prefill(self, step: PrefillStep, ids_S: torch.Tensor, *, all_logits: bool = False) -> torch.Tensor:
+        """Run the step's tokens; returns float32 logits [1, V] of the last one, or [S, V]."""
+        positions = torch.arange(step.first, step.end)
+        hidden = self._run(step, ids_S[None], positions[None])
+        return self._logits(hidden[0] if all_logits else hidden[0, -1:])
+
+    def decode(self, step: DecodeStep, ids_B: torch.Tensor) -> torch.Tensor:
+        """Run one token of every session of the step; returns float32 logits [B, V]."""
+        return self._logits(self._run(step, ids_B[:, None], step.positions[:, None])[:, -1])
+
+    def _run(self, step: Any, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        if not self.attached:
+            raise RuntimeError("flashmem is detached from this model")
+        carrier = {self.cache_argument: SimpleNamespace(step=step)}
+        device = self.input_device
+        # a mask dict keeps the stock code from building one: windows are the step's business
+        output = self.model.model(
+            input_ids=ids.to(device), position_ids=positions.to(device), attention_mask={"none": None},
+            use_cache=False, **carrier,
+        )  # fmt: skip
+        return output.last_hidden_state
+
+    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.model.lm_head(hidden).float()

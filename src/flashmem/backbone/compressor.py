@@ -1,0 +1,45 @@
+"""CSA and HCA entries from hidden states: the weights are the stock modules', the state is a session's rings.
+
+A CSA entry of window c pools the Ca series of window c - 1 with the Cb series of window c (DeepSeek-V4 report,
+equations 9-12); an HCA entry pools its own window only (equations 20-23). Entries carry the rotary embedding of their
+first token. Shape letters: B = sessions, S = tokens, R = tokens per window, D = channels of the entry.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers.models.deepseek_v4.modeling_deepseek_v4 import apply_rotary_pos_emb
+
+from ..kernels.compress import compress
+
+
+def project(module: Any, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The kv and gate projections of a stock compressor or indexer."""
+    return module.kv_proj(hidden), module.gate_proj(hidden)
+
+
+def pool_overlapping(module: Any, kv: torch.Tensor, gate: torch.Tensor, positions_N: torch.Tensor) -> torch.Tensor:
+    """CSA entries [N, D] of windows that start at `positions_N`.
+
+    kv and gate are [N, 2R, 2D]: the previous window's tokens, then the window's own. A window that starts at position 0
+    has no previous one: what its first half holds is ignored.
+    """
+    ratio, dim = module.compress_rate, module.head_dim
+    gate = gate.float() + module.position_bias.repeat(2, 1)
+    previous, own = gate[:, :ratio, :dim], gate[:, ratio:, dim:]
+    previous = previous.masked_fill((positions_N == 0)[:, None, None], float("-inf"))
+    kv = torch.cat((kv[:, :ratio, :dim], kv[:, ratio:, dim:]), dim=1)
+    return _finish(module, compress(kv, torch.cat((previous, own), dim=1)), positions_N)
+
+
+def pool_plain(module: Any, kv: torch.Tensor, gate: torch.Tensor, positions_N: torch.Tensor) -> torch.Tensor:
+    """HCA entries [N, D] from kv and gate [N, R, D]."""
+    return _finish(module, compress(kv, gate.float() + module.position_bias), positions_N)
+
+
+def _finish(module: Any, pooled_ND: torch.Tensor, positions_N: torch.Tensor) -> torch.Tensor:
+    normed = module.kv_norm(pooled_ND).to(pooled_ND.dtype)[None]
+    cos, sin = module.rotary_emb(normed, position_ids=positions_N[None], layer_type=module.rope_layer_type)
+    return apply_rotary_pos_emb(normed[:, None], cos, sin)[0, 0]

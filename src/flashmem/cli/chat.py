@@ -1,0 +1,65 @@
+"""`flashmem chat`: turns over one session."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import flashmem
+
+from . import text
+from .ask import open_session, residency
+from .options import EngineOptions, GenerateOptions, with_options
+from .output import log, stderr
+
+_HELP = "/stats shows what is on the device, /save PATH writes a memory, /quit or end of input ends"
+
+
+def add_command(app: typer.Typer) -> None:
+    app.command("chat")(with_options(run))
+
+
+def run(
+    engine: EngineOptions,
+    generate: GenerateOptions,
+    memory: Annotated[Path | None, typer.Argument(help="A memory to start from.")] = None,
+) -> None:
+    """Talk in turns, line by line, over a memory or from nothing; every turn stays in the session.
+
+    Example: `flashmem chat book.mem`
+    """
+    with engine.engine().session() if memory is None else open_session(memory, engine) as session:
+        log(_HELP)
+        while (line := _next_line()) is not None and line != "/quit":
+            if line == "/stats":
+                log(residency(session.stats()))
+            elif line.startswith("/save "):
+                _save(session, line.removeprefix("/save ").strip())
+            elif line.startswith("/"):
+                log(_HELP)
+            elif line:
+                for piece in text.stream(session, line, **generate.sampling(engine.seed)):
+                    typer.echo(piece, nl=False)
+                typer.echo()
+
+
+def _next_line() -> str | None:
+    """The next line of stdin without surrounding space, None at its end."""
+    if sys.stdin.isatty():
+        stderr.print("> ", end="")
+    line = sys.stdin.readline()
+    return line.strip() if line else None
+
+
+def _save(session: flashmem.Session, path: str) -> None:
+    if Path(path).exists():
+        log(f"{path} exists; choose another name")
+        return
+    session.save(path)
+    log(f"saved {path}")
+
+
+__all__ = ["add_command"]

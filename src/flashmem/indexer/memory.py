@@ -1,0 +1,206 @@
+"""The Memory Indexer: one scorer per target layer, and how their logits combine.
+
+Shape letters: L = target layers, m = observed tokens, E = hidden_size, N = chunks, I = head_dim.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..config import RopeConfig
+from ..kernels.index_rows import hadamard
+from ..kernels.score_chunks import score_chunks
+from .checkpoint import check_tensors, digest_tensors, infer_config, read_checkpoint, write_checkpoint
+from .config import Ensemble, IndexerConfig, QueryDtype
+from .native import read_native
+from .scorer import LayerScorer
+
+
+class MemoryIndexer(nn.Module):
+    """Scores every chunk of a history from hidden states at a few CSA layers.
+
+    The state dict has the keys of the published joint checkpoints, `retrievers.l{csa}...`, and `offset`, a trainable
+    scalar added to the combined logit (calibration; stored in the config, not among the weights).
+    """
+
+    def __init__(self, config: IndexerConfig) -> None:
+        super().__init__()
+        self._config = config
+        self.retrievers = nn.ModuleDict({f"l{csa}": LayerScorer(config) for csa in config.layers})
+        self.offset = nn.Parameter(torch.tensor(config.logit_offset))
+
+    @property
+    def target_layers(self) -> tuple[int, ...]:
+        """CSA indices, ascending."""
+        return self._config.layers
+
+    @property
+    def layers(self) -> dict[int, LayerScorer]:
+        """Scorers by CSA index."""
+        return {csa: self.retrievers[f"l{csa}"] for csa in self._config.layers}  # type: ignore[misc]
+
+    @property
+    def config(self) -> IndexerConfig:
+        """The config with the present offset in it (reads a scalar from the device)."""
+        offset = float(self.offset.detach())
+        untouched = float(torch.tensor(self._config.logit_offset, dtype=self.offset.dtype, device="cpu")) == offset
+        return self._config if untouched else replace(self._config, logit_offset=offset)  # 0.1 stays 0.1
+
+    def chunk_logits(
+        self,
+        hidden: Mapping[int, torch.Tensor],
+        keys: Mapping[int, torch.Tensor],
+        positions: torch.Tensor,
+        *,
+        ensemble: Ensemble | None = None,
+    ) -> torch.Tensor:
+        """Return float32 logits [N] of all chunks of one session, on the device of the first target layer's keys.
+
+        hidden: by CSA index, [m, E], inputs of the layers' attention at the last m tokens; positions: integer [m];
+        keys: by CSA index, index rows uint8 [N, I + 4], or float index keys [N, I] as the backbone makes them. Layers
+        may live on different devices: only queries and logits travel. `ensemble` overrides the config's.
+        Raises ValueError when layers, tokens or chunks do not agree.
+        """
+        self._check_layers(hidden, keys)
+        if len({len(keys[csa]) for csa in self.target_layers}) > 1:
+            raise ValueError(f"layers disagree on chunks: { ({csa: len(keys[csa]) for csa in self.target_layers}) }")
+        logits = []
+        for csa, scorer in self.layers.items():
+            device = scorer.q_norm_weight.device
+            q_mHI, w_mH = scorer.queries(hidden[csa].to(device), positions.to(device))
+            rows = keys[csa] if keys[csa].dtype is torch.uint8 else hadamard(keys[csa])
+            logits.append(score_chunks(q_mHI.to(rows.device), rows, w_mH.to(rows.device)))
+        return self.combine(logits, ensemble=ensemble)
+
+    def combine(self, logits_LmN: Sequence[torch.Tensor], *, ensemble: Ensemble | None = None) -> torch.Tensor:
+        """Reduce per-layer logits [m, N] over layers and tokens alike, then add the offset; float32 [N]."""
+        ensemble = ensemble or self._config.ensemble
+        if ensemble not in ("max", "mean"):
+            raise ValueError(f"ensemble must be 'max' or 'mean', got {ensemble!r}")
+        if not logits_LmN or not len(logits_LmN[0]):
+            raise ValueError("there must be at least one layer and one observed token")
+        device = logits_LmN[0].device
+        per_layer_LN = [x.amax(0) if ensemble == "max" else x.mean(0) for x in logits_LmN]
+        stacked_LN = torch.stack([x_N.to(device) for x_N in per_layer_LN])
+        combined_N = stacked_LN.amax(0) if ensemble == "max" else stacked_LN.mean(0)
+        return combined_N + self.offset.float().to(device)
+
+    @staticmethod
+    def probability(logits: torch.Tensor) -> torch.Tensor:
+        """What a person is shown; everything that decides works on logits."""
+        return logits.sigmoid()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        *,
+        rope: RopeConfig | None = None,
+        rms_norm_eps: float | None = None,
+        query_dtype: QueryDtype | None = None,
+        ensemble: Ensemble | None = None,
+        observation_window: int | None = None,
+        logit_offset: float | None = None,
+        device: torch.device | str = "cpu",
+    ) -> MemoryIndexer:
+        """Load a directory of ours, or a joint checkpoint in the published format (`.safetensors` or `.pt`).
+
+        Files without a config get the published defaults (DeepSeek-V4-Flash: YaRN on 64 channels, eps 1e-6); the
+        arguments override either. Weights become float32. Raises ValueError naming the file, and the key with the
+        shape wanted and found where a tensor is missing, extra, mis-shaped or not finite.
+        """
+        settings: dict[str, Any] = {
+            "rope": rope,
+            "rms_norm_eps": rms_norm_eps,
+            "query_dtype": query_dtype,
+            "ensemble": ensemble,
+            "observation_window": observation_window,
+            "logit_offset": logit_offset,
+        }
+        settings = {name: value for name, value in settings.items() if value is not None}
+        checkpoint = read_checkpoint(path)
+        if checkpoint.config is None:
+            offset = checkpoint.tensors.pop("offset", None)  # a plain state dict of this class has it
+            if offset is not None and offset.numel() == 1:
+                settings.setdefault("logit_offset", float(offset))
+            config = infer_config(checkpoint, **settings)
+        else:
+            config = replace(checkpoint.config, **settings)
+        check_tensors(checkpoint, config)
+        return cls._from_tensors(config, checkpoint.tensors).to(device)
+
+    @classmethod
+    def native(
+        cls,
+        model: Any,
+        layers: tuple[int, ...] | None = None,
+        num_heads: int | None = None,
+        q_rank: int | None = None,
+        *,
+        seed: int = 0,
+    ) -> MemoryIndexer:
+        """The backbone's own Lightning Indexer at the target layers (CSA indices), as it scores at inference.
+
+        `num_heads` and `q_rank` widen it without changing what it computes (see `indexer.native`; `seed` draws the
+        weights that do not speak yet). Lives on the device of the first target layer; shares no memory with the model.
+        """
+        config, tensors = read_native(model, layers, num_heads, q_rank, seed)
+        device = tensors[f"retrievers.l{config.layers[0]}.q_norm_weight"].device
+        return cls._from_tensors(config, {key: tensor.to(device) for key, tensor in tensors.items()})
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Write `indexer.safetensors` and `config.json`; readers see the old or the new indexer, never a mixture."""
+        write_checkpoint(directory, self._weights(), self.config)
+
+    def fingerprint(self) -> str:
+        """Sixteen hex digits that name weights and config, whatever device or file they come from."""
+        weights = {key: tensor.detach().float() for key, tensor in self._weights().items()}
+        text = json.dumps(self.config.to_mapping(), sort_keys=True) + digest_tensors(weights)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def describe(self) -> dict[str, Any]:
+        """What `inspect` shows: plain values only."""
+        config, weights = self.config.to_mapping(), self._weights()
+        return {
+            "kind": "memory-indexer",
+            "layers": list(self.target_layers),
+            "hidden_size": config["hidden_size"],
+            "q_rank": config["q_rank"],
+            "num_heads": config["num_heads"],
+            "head_dim": config["head_dim"],
+            "parameters": sum(tensor.numel() for tensor in weights.values()),
+            "bytes": sum(tensor.nbytes for tensor in weights.values()),
+            "dtypes": sorted({str(tensor.dtype).removeprefix("torch.") for tensor in weights.values()}),
+            "fingerprint": self.fingerprint(),
+            "config": config,
+        }
+
+    @classmethod
+    def _from_tensors(cls, config: IndexerConfig, tensors: Mapping[str, torch.Tensor]) -> MemoryIndexer:
+        with torch.device("meta"):  # no time for initial values that are overwritten
+            indexer = cls(config)
+        device = next(iter(tensors.values())).device
+        state = {**tensors, "offset": torch.tensor(config.logit_offset, device=device)}
+        indexer.load_state_dict(state, assign=True)
+        return indexer
+
+    def _weights(self) -> dict[str, torch.Tensor]:
+        return {key: tensor for key, tensor in self.state_dict().items() if key != "offset"}
+
+    def _check_layers(self, hidden: Mapping[int, torch.Tensor], keys: Mapping[int, torch.Tensor]) -> None:
+        wanted = set(self.target_layers)
+        if set(hidden) != wanted or set(keys) != wanted:
+            raise ValueError(
+                f"target layers are {sorted(wanted)}; got hidden states of {sorted(hidden)} and keys of {sorted(keys)}"
+            )
+
+
+__all__ = ["MemoryIndexer"]

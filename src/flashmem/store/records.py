@@ -1,0 +1,146 @@
+"""Records in host memory or behind a mapped file: the part that the tiers below the device share.
+
+A tier is a list of slabs, each uint8 [records, record_bytes]; record ids count through the slabs in order.
+Shape letters: N = things asked for, E = bytes of a row, C = chunks per page.
+"""
+
+from __future__ import annotations
+
+import heapq
+from bisect import bisect_right
+from collections.abc import Iterable
+
+import torch
+
+from flashmem.kernels.kv_codec import get_planar, get_planar_pages
+from flashmem.types import BudgetError
+
+from .layout import Region
+
+
+class Records:
+    """Readable records."""
+
+    def __init__(self, record_bytes: int) -> None:
+        self.record_bytes = record_bytes
+        self.slabs: list[torch.Tensor] = []
+        self._starts: list[int] = []  # first record of each slab
+
+    @property
+    def num_records(self) -> int:
+        return self._starts[-1] + self.slabs[-1].shape[0] if self.slabs else 0
+
+    def row(self, record: int) -> torch.Tensor:
+        """One record, uint8 [record_bytes], a view."""
+        slab = bisect_right(self._starts, record) - 1
+        return self.slabs[slab][record - self._starts[slab]]
+
+    def read(self, region: Region, records_N: torch.Tensor, offsets_N: torch.Tensor | None = None) -> torch.Tensor:
+        """Rows [N, E] of single chunks, or [N, C, E] of whole pages without offsets; ids are int64 on the CPU."""
+        if not records_N.numel():
+            chunks = () if offsets_N is not None else (region.form.page_chunks,)
+            return torch.empty((0, *chunks, region.form.row_bytes), dtype=torch.uint8)
+        if len(self.slabs) == 1:
+            return read_rows(region, region.of_records(self.slabs[0]), records_N, offsets_N)
+        slab_N = torch.bucketize(records_N, torch.tensor(self._starts), right=True) - 1
+        pieces = []
+        for slab in slab_N.unique().tolist():
+            at = (slab_N == slab).nonzero().squeeze(1)
+            rows = region.of_records(self.slabs[slab])
+            offsets = None if offsets_N is None else offsets_N[at]
+            pieces.append((at, read_rows(region, rows, records_N[at] - self._starts[slab], offsets)))
+        return merge_rows(records_N.shape[0], pieces)
+
+    def _append_slab(self, slab: torch.Tensor) -> None:
+        self._starts.append(self.num_records)
+        self.slabs.append(slab)
+
+
+class RecordStore(Records):
+    """Records that can be taken and given back within a budget; subclasses say where new bytes come from."""
+
+    tier: str
+
+    def __init__(self, record_bytes: int, budget_bytes: int | None) -> None:
+        super().__init__(record_bytes)
+        self.budget_bytes = budget_bytes
+        self._free: list[int] = []  # a heap: lowest first keeps a session's records together
+        self._used: set[int] = set()
+
+    @property
+    def allocated_bytes(self) -> int:
+        return self.num_records * self.record_bytes
+
+    @property
+    def used_bytes(self) -> int:
+        return len(self._used) * self.record_bytes
+
+    @property
+    def available(self) -> int | None:
+        """Records that can still be taken; None without a budget."""
+        return None if self.budget_bytes is None else self.budget_bytes // self.record_bytes - len(self._used)
+
+    def used_records(self) -> list[int]:
+        return sorted(self._used)
+
+    def take(self, count: int) -> list[int]:
+        """Take `count` records, lowest ids first; raises BudgetError and changes nothing when they do not fit."""
+        available = self.available
+        if available is not None and count > available:
+            raise BudgetError(self.tier, count * self.record_bytes, available * self.record_bytes)
+        if (missing := count - len(self._free)) > 0:
+            before = self.num_records
+            self._grow(missing)
+            for record in range(before, self.num_records):
+                heapq.heappush(self._free, record)
+        records = [heapq.heappop(self._free) for _ in range(count)]
+        self._used.update(records)
+        return records
+
+    def give_back(self, records: Iterable[int]) -> None:
+        for record in records:
+            self._used.remove(record)
+            heapq.heappush(self._free, record)
+
+    def close(self) -> None:
+        self.slabs, self._starts, self._free, self._used = [], [], [], set()
+
+    def check(self) -> None:
+        """Raise if a record is lost or held twice, or the budget is exceeded."""
+        if sorted([*self._free, *self._used]) != list(range(self.num_records)):
+            raise RuntimeError(f"{self.tier}: {len(self._free)} free and {len(self._used)} used of {self.num_records}")
+        if self.budget_bytes is not None and self.allocated_bytes > self.budget_bytes:
+            raise RuntimeError(f"{self.tier}: {self.allocated_bytes:,} bytes exceed the budget {self.budget_bytes:,}")
+
+    def _step(self, missing: int, most: int) -> int:
+        """Records to add when `missing` are needed: half of what is there, at most `most`, within the budget."""
+        count = max(missing, min(self.num_records // 2, most))
+        if self.budget_bytes is not None:
+            count = min(count, self.budget_bytes // self.record_bytes - self.num_records)
+        return count
+
+    def _grow(self, missing: int) -> None:
+        raise NotImplementedError
+
+
+def read_rows(
+    region: Region, rows_RP: torch.Tensor, slots_N: torch.Tensor, offsets_N: torch.Tensor | None
+) -> torch.Tensor:
+    """Rows [N, E] at slots and offsets of a region, or all rows [N, C, E] of the slots."""
+    if offsets_N is None:
+        return get_planar_pages(region.form, rows_RP, slots_N)
+    return get_planar(region.form, rows_RP, slots_N, offsets_N)
+
+
+def merge_rows(count: int, pieces: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+    """One tensor [count, ...] from pieces (where, rows); together the pieces name every place once."""
+    if len(pieces) == 1:
+        return pieces[0][1]
+    first = pieces[0][1]
+    out = first.new_empty((count, *first.shape[1:]))
+    for at, rows in pieces:
+        out.index_copy_(0, at, rows)
+    return out
+
+
+__all__ = ["RecordStore", "Records", "merge_rows", "read_rows"]
