@@ -18,7 +18,18 @@ import numpy as np
 
 from .corpus import Corpus, Split
 from .recipe import Recipe, Stage
-from .tasks import FAMILIES, FIRST, MAX_CHOICES, REST, Lexicon, Row, frequent_words_row, pairs_row, prose_row, recall_row
+from .tasks import (
+    FAMILIES,
+    FIRST,
+    MAX_CHOICES,
+    REST,
+    Lexicon,
+    Row,
+    frequent_words_row,
+    pairs_row,
+    prose_row,
+    recall_row,
+)
 
 GROUPS = ("number", "multivalue", "several", "kv", "vt", "talk", "hop", "song", "fwe", "pairs", "lm")
 """Families that are logged apart."""
@@ -210,8 +221,8 @@ class BatchPool:
         ahead = iter(steps)
         try:
             for _ in steps:
-                while len(waiting) < 4 * self.workers and (step := next(ahead, None)) is not None:
-                    waiting.append(self._pool.submit(_work, stage_index, step))
+                while len(waiting) < 4 * self.workers and (following := next(ahead, None)) is not None:
+                    waiting.append(self._pool.submit(_work, stage_index, following))
                 yield waiting.popleft().result()
         finally:
             for future in waiting:

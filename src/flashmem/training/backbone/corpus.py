@@ -81,7 +81,7 @@ def sentences_of(text: str) -> Iterator[str]:
 
 
 def common_words(books: Sequence[Path], tokenizer: Tokenizer, *, skip: int = 150) -> list[str]:
-    """Lower-case words of four to ten letters that are one token after a space, without the `skip` most frequent ones."""
+    """Lower-case words of four to ten letters that are one token after a space; not the `skip` most frequent ones."""
     counts: Counter[str] = Counter()
     for book in books:
         counts.update(re.findall(r"(?<= )[a-z]{4,10}(?=[ .,;])", book.read_text(encoding="utf-8", errors="replace")))

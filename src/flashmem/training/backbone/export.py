@@ -28,7 +28,7 @@ def export(params: Mapping[str, Tensor], recipe: Recipe, folder: Path, corpus: P
         if sum(v.nbytes for v in shards[-1].values()) + state[name].nbytes > SHARD_BYTES:
             shards.append({})
         shards[-1][name] = state[name]
-    files = {}
+    files: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         save_file(shard, folder / file, metadata={"format": "pt"})
@@ -36,7 +36,9 @@ def export(params: Mapping[str, Tensor], recipe: Recipe, folder: Path, corpus: P
     index = {"metadata": {"total_size": sum(v.nbytes for v in state.values())}, "weight_map": files}
     _json(folder / "model.safetensors.index.json", index)
     _json(folder / "config.json", recipe.sizes.config())
-    _json(folder / "generation_config.json", {"do_sample": False, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0})
+    _json(
+        folder / "generation_config.json", {"do_sample": False, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    )
     shutil.copyfile(corpus / "tokenizer.json", folder / "tokenizer.json")
     special = {"bos_token": BOS, "eos_token": EOS, "pad_token": PAD}
     tokenizer = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}

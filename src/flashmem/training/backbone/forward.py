@@ -120,7 +120,7 @@ def _initial_std(name: str, shape: tuple[int, ...]) -> float:
         return 0.01
     if name.endswith("mlp.gate.weight"):
         return 0.02
-    if name.endswith("compressor.gate_proj.weight") or name.endswith("indexer.gate_proj.weight"):
+    if name.endswith(("compressor.gate_proj.weight", "indexer.gate_proj.weight")):
         return 0.3 * root
     if name.endswith(("o_b_proj.weight", "down_proj", "down_proj.weight", "lm_head.weight")):
         return 0.5 * root

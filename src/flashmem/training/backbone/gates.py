@@ -2,9 +2,10 @@
 
     python -m flashmem.training.backbone.gates --model export/ --corpus corpus/ --out gates.json --lengths 16384 65536
 
-One document per prompt, as RULER has it; answers are scored under teacher forcing at the exported weights: a question is
-right when every token of its values is the model's best one (any of the values still missing, where their order is free).
-`exact` counts questions, `values` counts values, RULER's `string_match_all`. Intervals are 95 % bootstraps over documents.
+One document per prompt, as RULER has it; answers are scored under teacher forcing at the exported weights: a question
+is right when every token of its values is the model's best one (any of the values still missing, where their order is
+free). `exact` counts questions, `values` counts values, RULER's `string_match_all`. Intervals are 95 %: Wilson's where
+every document has one question, else a bootstrap over documents.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -66,6 +68,16 @@ def _mixed(draw: Draw) -> None:
             FAMILIES[family](draw)
 
 
+def _many(draw: Draw) -> None:
+    """RULER's questions by the dozen in one document: 24 keys, 8 keys of four values, 8 chains, 8 times four keys."""
+    for _ in range(24):
+        number(draw, 1, style="ruler")
+    for _ in range(8):
+        several(draw, 4)
+        number(draw, 4)
+        vt(draw, 4, style="ruler")
+
+
 def _ahead(draw: Draw) -> None:
     """Answers longer than a window: sixteen facts asked at once, and a song of eighty words."""
     for _ in range(24):
@@ -85,7 +97,9 @@ DOCUMENTS: dict[str, Callable[[Draw], None]] = {
     "vt": _variables,
     "ahead": _ahead,
     "mixed": _mixed,
+    "many": _many,
 }
+GATES = ("single", "multikey", "multivalue", "multiquery", "vt", "ahead", "mixed")
 
 
 def document(kind: str, source: Source, length: int, seed: str) -> Row:
@@ -99,7 +113,7 @@ def document(kind: str, source: Source, length: int, seed: str) -> Row:
 
 
 def values_of(answer: Answer) -> list[list[int]]:
-    """Token offsets of each value of an answer."""
+    """Token offsets of each value of an answer; where keys are answered too, a value runs on over the next key."""
     values: list[list[int]] = []
     for offset, weight in enumerate(answer.weights):
         if weight == FIRST:
@@ -128,29 +142,39 @@ def score(net: LongForward, row: Row, device: torch.device, **how: Any) -> list[
     return out
 
 
-def summary(documents: Sequence[Sequence[dict[str, Any]]]) -> dict[str, Any]:
-    """Means over questions with bootstrap intervals over documents, in all and by family."""
+def wilson(right: float, count: int) -> tuple[float, float]:
+    """Wilson's 95 % interval of a share."""
+    z = 1.959964
+    middle = (right + z * z / 2) / (count + z * z)
+    half = z * math.sqrt(right * (count - right) / count + z * z / 4) / (count + z * z)
+    return max(0.0, middle - half), min(1.0, middle + half)
 
-    def cell(kept: list[list[dict[str, Any]]]) -> dict[str, Any]:
-        made: dict[str, Any] = {"documents": len(kept), "questions": sum(map(len, kept))}
-        generator = np.random.default_rng(0)
-        picks = generator.integers(0, len(kept), size=(RESAMPLES, len(kept)))
-        counts = np.array([len(questions) for questions in kept])
-        for key in ("exact", "values"):
-            sums = np.array([sum(float(q[key]) for q in questions) for questions in kept])
-            made[key] = round(float(sums.sum() / counts.sum()), 4)
+
+def _cell(documents: Sequence[Sequence[dict[str, Any]]]) -> dict[str, Any]:
+    """Means over questions and their intervals over documents."""
+    made: dict[str, Any] = {"documents": len(documents), "questions": sum(map(len, documents))}
+    counts = np.array([len(questions) for questions in documents])
+    picks = np.random.default_rng(0).integers(0, len(documents), size=(RESAMPLES, len(documents)))
+    for key in ("exact", "values"):
+        sums = np.array([sum(float(question[key]) for question in questions) for questions in documents])
+        if set(counts) == {1} and key == "exact":
+            low, high = wilson(float(sums.sum()), len(sums))
+        else:
             low, high = np.percentile(sums[picks].sum(1) / counts[picks].sum(1), [2.5, 97.5])
-            made[f"{key}_interval"] = [round(float(low), 4), round(float(high), 4)]
-        return made
+        made[key] = round(float(sums.sum() / counts.sum()), 4)
+        made[f"{key}_interval"] = [round(float(low), 4), round(float(high), 4)]
+    return made
 
-    families = sorted({q["family"] for questions in documents for q in questions})
-    whole = cell([list(questions) for questions in documents])
+
+def summary(documents: Sequence[Sequence[dict[str, Any]]]) -> dict[str, Any]:
+    """All questions of one cell, and by family where there are several."""
+    whole = _cell(documents)
+    families = sorted({question["family"] for questions in documents for question in questions})
     if len(families) > 1:
-        by_family = {}
+        whole["families"] = {}
         for family in families:
             kept = [[q for q in questions if q["family"] == family] for questions in documents]
-            by_family[family] = cell([questions for questions in kept if questions])
-        whole["families"] = by_family
+            whole["families"][family] = _cell([questions for questions in kept if questions])
     return whole
 
 
@@ -170,7 +194,8 @@ def conditions_of(net: LongForward, kind: str, topks: Sequence[int], ablate: boo
 
 def measure(
     net: LongForward, source: Source, device: torch.device, out: Path, report: dict[str, Any], *, kinds: Sequence[str],
-    lengths: Sequence[int], count: Sequence[int], topks: Sequence[int], ablate_at: int | None, seconds: float, seed: int,
+    lengths: Sequence[int], count: Sequence[int], topks: Sequence[int], ablate_at: int | None, seconds: float,
+    seed: int,
 ) -> None:  # fmt: skip
     """Fill `report["cells"]`, shortest length first, writing the file after every cell; ends when time is over."""
     began = time.monotonic()
@@ -214,11 +239,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--lengths", type=int, nargs="+", default=[16_384])
     parser.add_argument("--documents", type=int, nargs="+", default=[48], help="per length and kind (mixed: a sixth)")
-    parser.add_argument("--kinds", nargs="+", default=list(DOCUMENTS), choices=[*DOCUMENTS, "fwe"])
+    parser.add_argument("--kinds", nargs="+", default=list(GATES), choices=[*DOCUMENTS, "fwe"])
     parser.add_argument("--topk", type=int, nargs="*", default=[])
     parser.add_argument("--ablate-at", type=int, help="length at which CSA layers are hidden one by one")
     parser.add_argument("--seconds", type=float, default=3600.0)
-    parser.add_argument("--attention", choices=("flex", "tiles"), default="flex" if torch.cuda.is_available() else "tiles")
+    parser.add_argument(
+        "--attention", choices=("flex", "tiles"), default="flex" if torch.cuda.is_available() else "tiles"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
@@ -226,6 +253,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         args.documents *= len(args.lengths)
     device = torch.device(args.device)
     torch.set_float32_matmul_precision("high")
+    torch._dynamo.config.recompile_limit = 64  # FlexAttention is compiled anew for every length
     sizes, state = load_export(args.model)
     compute = torch.bfloat16 if device.type == "cuda" else torch.float32
     net = Backbone(sizes, {name: value.to(device) for name, value in state.items()}, compute=compute)

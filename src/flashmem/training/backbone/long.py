@@ -130,7 +130,7 @@ class LongForward:
     def _picked(self, part: Projected, p: Params, cos: Tensor, sin: Tensor, topk: int) -> tuple[Tensor, Tensor]:
         s, entries, keys = self.net.sizes, part.entries_EC, part.keys_EJ
         assert entries is not None and keys is not None
-        S, H, C = part.q_NHC.shape
+        S, _, C = part.q_NHC.shape
         outs, totals = [], []
         step = max(BLOCK, TILE_ELEMENTS // (s.index_heads * len(entries)) // BLOCK * BLOCK)
         for t in range(0, S, step):

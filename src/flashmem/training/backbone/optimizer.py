@@ -90,7 +90,7 @@ class Optimizer:
     def _adam_step(self) -> None:
         (beta1, beta2), rate = ADAM_BETAS, self.factor * self.recipe.adam_rate
         values = [self.params[name] for name in self.adam]
-        grads = [value.grad for value in values]
+        grads = [value.grad for value in values if value.grad is not None]
         first, second = [self.first[n] for n in self.adam], [self.second[n] for n in self.adam]
         torch._foreach_lerp_(first, grads, 1 - beta1)
         torch._foreach_mul_(second, beta2)

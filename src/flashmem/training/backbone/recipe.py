@@ -197,10 +197,7 @@ class Recipe:
             raise ValueError(f"unknown recipe keys: {', '.join(unknown)}")
         made = dict(values)
         made["sizes"] = Sizes(**made.get("sizes", {}))
-        made["stages"] = tuple(
-            Stage(**{k: tuple(v) if isinstance(v, list) else v for k, v in stage.items()})
-            for stage in made.get("stages", [])
-        )
+        made["stages"] = tuple(Stage(**_tuples(stage)) for stage in made.get("stages", []))
         return cls(**made)
 
     def to_mapping(self) -> dict[str, Any]:
@@ -209,6 +206,10 @@ class Recipe:
     @property
     def total_steps(self) -> int:
         return sum(stage.steps for stage in self.stages)
+
+
+def _tuples(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
 
 
 __all__ = ["LAYER_TYPES", "Recipe", "Sizes", "Stage"]

@@ -24,6 +24,7 @@ import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -187,9 +188,7 @@ class Draw:
 
     def variable(self) -> Ids:
         letters = self.lexicon.letters
-        letter, number = self.fresh(
-            3, lambda: (self.random.randrange(len(letters)), self.random.randrange(100, 1000))
-        )
+        letter, number = self.fresh(3, lambda: (self.random.randrange(len(letters)), self.random.randrange(100, 1000)))
         return [*self.lexicon.text(" " + letters[letter]), self.lexicon.digits[str(number)]]
 
     def name(self) -> str:
@@ -318,7 +317,7 @@ def vt(draw: Draw, hops: int | None = None, *, style: Style | None = None) -> No
     hops = draw.random.randint(0, 4) if hops is None else hops
     value, variables = draw.number(5), [draw.variable() for _ in range(hops + 1)]
     chain = [draw.words(" VAR", variables[0], " = ", value, ".")]
-    chain += [draw.words(" VAR", new, " = VAR", old, ".") for old, new in zip(variables, variables[1:], strict=False)]
+    chain += [draw.words(" VAR", new, " = VAR", old, ".") for old, new in pairwise(variables)]
     serials = draw.state(*chain)
     style = style or draw.random.choice(("ruler", "short"))
     if style == "ruler":
@@ -497,17 +496,17 @@ def pairs_row(rng: random.Random, lexicon: Lexicon, split: Split, length: int, n
 
 
 def frequent_words_row(rng: random.Random, lexicon: Lexicon, split: Split, length: int) -> Row:
-    """RULER's frequent words: counts fall as rank to the power of -2, the three most frequent are asked in any order."""
+    """RULER's frequent words: counts fall as rank to the power of -2; the three most frequent, in any order."""
     draw = Draw(rng, lexicon, split)
     prompt = draw.words(
-        "\nQuestion: What are the three most frequently appeared words in the above coded text? Answer: According to the",
-        " coded text above, the three most frequently appeared words are:",
+        "\nQuestion: What are the three most frequently appeared words in the above coded text?",
+        " Answer: According to the coded text above, the three most frequently appeared words are:",
     )
     vocabulary = rng.sample(lexicon.words, rng.randint(20, 60))
     room = length - 1 - len(prompt) - 4
     weights = [1.0 / rank**2 for rank in range(1, len(vocabulary) + 1)]
     text = rng.choices(vocabulary, weights, k=room)
-    counts = {word: 0 for word in vocabulary}
+    counts = dict.fromkeys(vocabulary, 0)
     for word in text:
         counts[word] += 1
     top = sorted(vocabulary, key=lambda word: -counts[word])[:3]

@@ -19,9 +19,7 @@ NUMBER_REPEATS = 3_000
 """How often every number below 1000 is shown to the BPE trainer; enough to outrank any merge of prose."""
 
 
-def train_tokenizer(
-    texts: Iterable[str], *, vocab_size: int = 4096, number_repeats: int = NUMBER_REPEATS
-) -> Tokenizer:
+def train_tokenizer(texts: Iterable[str], *, vocab_size: int = 4096, number_repeats: int = NUMBER_REPEATS) -> Tokenizer:
     """Learn merges from texts and from all groups of one to three digits."""
     tokenizer = Tokenizer(models.BPE(unk_token=None))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(

@@ -2,9 +2,10 @@
 
     python -m flashmem.training.backbone.train --corpus corpus/ --recipe recipe.json --out run/ --seconds 480
 
-A run is a recipe (model, curriculum, optimiser, seed) and a corpus folder. It writes `log.jsonl`, a full checkpoint that
-a later call resumes exactly (`--resume`), and an export with stock names. `--seconds` bounds the whole call: when it
-nears, the run writes its checkpoint and ends. With a bound, the learning rate falls with time where time runs out first.
+A run is a recipe (model, curriculum, optimiser, seed) and a corpus folder. It writes `log.jsonl`, a full checkpoint
+that a later call resumes exactly (`--resume`), and an export with stock names. `--seconds` bounds the training of one
+call: then the run writes its checkpoint and ends. With a bound, the learning rate falls with time where time runs out
+first.
 """
 
 from __future__ import annotations
@@ -115,7 +116,9 @@ def _tensors(batch: Batch) -> dict[str, Tensor]:
 class Trainer:
     """A run: parameters, optimiser, position in the curriculum."""
 
-    def __init__(self, recipe: Recipe, device: torch.device, *, compiled: bool, start: str | Path | None = None) -> None:
+    def __init__(
+        self, recipe: Recipe, device: torch.device, *, compiled: bool, start: str | Path | None = None
+    ) -> None:
         self.recipe, self.device = recipe, device
         values = load_export(start)[1] if start else initial_parameters(recipe.sizes, recipe.seed)
         names = initial_parameters(recipe.sizes, 0).keys()
@@ -148,7 +151,9 @@ class Trainer:
         """Run the curriculum from where it stands; ends early, in good order, when `seconds` are over."""
         began = time.monotonic()
         with open(out / "log.jsonl", "a") as log:
-            _write(log, {"event": "start", "step": self.step, "parameters": sum(p.numel() for p in self.params.values())})
+            _write(
+                log, {"event": "start", "step": self.step, "parameters": sum(p.numel() for p in self.params.values())}
+            )
             while self.stage < len(self.recipe.stages):
                 if not self._run_stage(pool, log, began, seconds, log_every):
                     break
