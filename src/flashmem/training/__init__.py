@@ -1,0 +1,1 @@
+"""Training: the small backbone (`backbone/`) and the Memory Indexer. Neither imports the other."""
