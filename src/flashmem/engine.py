@@ -123,6 +123,13 @@ class Engine:
         )  # fmt: skip
         return cls(model, tokenizer, indexer=indexer, config=config)
 
+    @classmethod
+    def demo(cls, *, config: LSAConfig | None = None, device: str | torch.device | None = None) -> Engine:
+        """Load the small model that flashmem ships (docs/models/demo.md), in float32, on the CPU by default."""
+        directory = accounting.shipped_model()
+        assert directory is not None, "the package lacks its model"
+        return cls.from_pretrained(directory, config=config, device=device or "cpu", dtype=torch.float32)
+
     def session(self) -> Session:
         """Open an empty session; raises BudgetError's base where `max_sessions` are open under a device budget."""
         if self.config.device_budget_bytes is not None and len(self.sessions) >= self.config.max_sessions:

@@ -147,11 +147,13 @@ def histories(draw: st.DrawFn) -> dict[str, Any]:
     }
 
 
-@settings(max_examples=10, phases=[Phase.explicit, Phase.generate], suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=10,
+    phases=[Phase.explicit, Phase.generate],
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 @given(history=histories())
-def test_any_selection_is_stock_without_what_is_not_resident(
-    model: Any, stock: Stock, history: dict[str, Any]
-) -> None:
+def test_any_selection_is_stock_without_what_is_not_resident(model: Any, stock: Stock, history: dict[str, Any]) -> None:
     options = dict(history)
     turns, pages = options.pop("turns"), options.pop("pages")
     timeline = Timeline(4, pages, options["tau"], options["lead"], options["sink_pages"], options["recency_pages"])

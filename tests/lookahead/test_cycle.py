@@ -126,7 +126,9 @@ def test_lead_changes_no_pages_where_none_are_born(model: Any) -> None:
     """Same policy, same page count at selection and boundary: the same pages, the same logits."""
     results = []
     for lead in (0, 3):
-        with engine_of(model, Alternating([frozenset({1}), frozenset({2}), frozenset({3})]), tau=4, lead=lead) as engine:
+        with engine_of(
+            model, Alternating([frozenset({1}), frozenset({2}), frozenset({3})]), tau=4, lead=lead
+        ) as engine:
             session = engine.session()
             session.append(TEXT[:100])  # page 6 is open until token 112
             logits = decode(session, TEXT[:11])
@@ -253,9 +255,11 @@ def record_bytes(model: Any) -> int:
 
 def test_a_pool_too_small_to_work_in_is_refused(model: Any) -> None:
     size = record_bytes(model)
-    with pytest.raises(BudgetError, match=r"device pool: [\d,]+ bytes needed, [\d,]+ available") as caught:
-        with engine_of(model, "lsa", device_budget_bytes=4 * size, tau=16, prefill_chunk=16):
-            pass
+    with (
+        pytest.raises(BudgetError, match=r"device pool: [\d,]+ bytes needed, [\d,]+ available") as caught,
+        engine_of(model, "lsa", device_budget_bytes=4 * size, tau=16, prefill_chunk=16),
+    ):
+        pass
     # sink, recency, one page of choice; a window opens one page and fills another
     assert (caught.value.needed, caught.value.available) == (5 * size, 4 * size)
     assert f"{5 * size:,}" in str(caught.value) and f"{4 * size:,}" in str(caught.value)
@@ -263,9 +267,8 @@ def test_a_pool_too_small_to_work_in_is_refused(model: Any) -> None:
         session = engine.session()
         session.append(TEXT[:300])
         decode(session, TEXT[:50])
-    with pytest.raises(BudgetError):
-        with engine_of(model, "lsa", device_budget_bytes=size - 1):
-            pass
+    with pytest.raises(BudgetError), engine_of(model, "lsa", device_budget_bytes=size - 1):
+        pass
 
 
 def test_keeping_everything_needs_a_pool_for_everything(model: Any) -> None:

@@ -62,8 +62,8 @@ class FixedPages:
 class Stock:
     """The unmodified model, run without a cache over all tokens at once.
 
-    With `allowed`, bool [S, T], scores of chunks that a query may not see become -inf in every Lightning Indexer; a pick
-    of such a chunk (where fewer than top-k are left) is no pick.
+    With `allowed`, bool [S, T], scores of chunks that a query may not see become -inf in every Lightning Indexer; a
+    pick of such a chunk (where fewer than top-k are left) is no pick.
     """
 
     def __init__(self, name: str) -> None:

@@ -264,7 +264,7 @@ class DecodeStep:
         return attend(q[:, 0], sets, attention.sinks, attention.scaling)[:, None]
 
     def finish(self) -> None:
-        """Advance the positions; only now do the observed tokens move on, since level 1 may look before a repetition."""
+        """Advance positions and, only now, the observed tokens: level 1 may look before a failed step is repeated."""
         for layer, hidden in self._observed:
             self._put(layer, "hidden", hidden)
         for state in self.states:

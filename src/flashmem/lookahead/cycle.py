@@ -6,7 +6,7 @@ the boundary.
 
 Rescue (off by default). Widen: when the ceiling cut off pages above threshold, the same scores select again without
 it. Early: every `rescue_interval` steps the target layers' own lightning top-k over the whole history is compared with
-the resident pages; when less than `rescue_recall` of it is resident, level 1 runs at once and the pages of that top-k join.
+the resident pages; when less than `rescue_recall` of it is resident, level 1 runs at once and its pages join.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 import os
 import weakref
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -104,10 +105,8 @@ def _unpin(slabs: list[torch.Tensor]) -> None:
 
 def _forget_cuda_error() -> None:
     """CUDA keeps the last error for whoever asks next: ask here, so that no later kernel is blamed for it."""
-    try:
+    with suppress(torch.AcceleratorError):
         torch.zeros(1, device="cuda")
-    except torch.AcceleratorError:
-        pass
 
 
 __all__ = ["HostMirror"]

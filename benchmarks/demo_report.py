@@ -1,0 +1,171 @@
+"""Write the tables of docs/models/demo.md and the learning curves beside it, from result files and the training log.
+
+python -m benchmarks.demo_report
+
+Only the part of the page between its two markers is replaced. Intervals of one-question documents are Wilson's.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("svg")
+import matplotlib.pyplot as plt
+
+from benchmarks.common import ROOT
+from flashmem.training.backbone.gates import wilson
+
+RESULTS, PAGE = ROOT / "results/backbone", ROOT / "docs/models/demo.md"
+CURVES, LOG = ROOT / "docs/models/demo-training.svg", ROOT / "src/flashmem/models/demo/training_log.jsonl"
+BEGIN, END = "<!-- begin results: written by benchmarks/demo_report.py -->", "<!-- end results -->"
+KINDS = ("single", "multikey", "multivalue", "multiquery", "vt", "ahead", "mixed")
+
+
+def load(name: str) -> dict[str, Any]:
+    result: dict[str, Any] = json.loads((RESULTS / name).read_text())
+    return result
+
+
+def percent(value: float) -> str:
+    return f"{100 * value:.1f}"
+
+
+def cell_text(cell: dict[str, Any]) -> str:
+    """Exact answers in percent, how many of how many, and the interval."""
+    count, documents = cell["questions"], cell["documents"]
+    right = round(cell["exact"] * count)
+    low, high = wilson(right, count) if count == documents else cell["exact_interval"]
+    return f"{percent(cell['exact'])} ({right}/{count}; {percent(low)}-{percent(high)})"
+
+
+def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    lines = ["| " + " | ".join(head) + " |"]
+    lines.append("|" + "---|" * (lines[0].count("|") - 1))
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)]) + "\n"
+
+
+def by_length(gates: dict[str, Any]) -> str:
+    """Rows: kinds; columns: lengths, all entries attended."""
+    cells = {(c["kind"], c["length"]): c for c in gates["cells"] if c["condition"] == "full"}
+    lengths = sorted({length for _, length in cells})
+    rows = [[kind, *(cell_text(cells[kind, n]) if (kind, n) in cells else "-" for n in lengths)] for kind in KINDS]
+    return table(["task", *(f"{n // 1024}K" for n in lengths)], rows)
+
+
+def conditions(gates: dict[str, Any], length: int, names: Iterable[str]) -> str:
+    """Rows: how mixed documents are read; columns: families."""
+    cells = {c["condition"]: c for c in gates["cells"] if c["kind"] == "mixed" and c["length"] == length}
+    families = sorted(cells["full"]["families"])
+    rows = []
+    for name in (name for name in names if name in cells):
+        cell = cells[name]
+        rows.append([name, cell_text(cell), *(percent(cell["families"][family]["exact"]) for family in families)])
+    return table(["entries", "all questions", *families], rows)
+
+
+def crowded(files: Iterable[str]) -> str:
+    """Documents with 48 questions in RULER's words, by family."""
+    rows = []
+    for name in files:
+        if not (RESULTS / name).exists():
+            continue
+        for cell in load(name)["cells"]:
+            for family, part in cell["families"].items():
+                interval = f"{percent(part['exact_interval'][0])}-{percent(part['exact_interval'][1])}"
+                count = f"{part['questions']} in {part['documents']}"
+                exact = f"{percent(part['exact'])} ({interval})"
+                rows.append([f"{cell['length'] // 1024}K", family, count, exact, percent(part["values"])])
+    return table(["length", "family", "questions in documents", "exact (interval)", "values"], rows)
+
+
+def topk_change(gates: dict[str, Any]) -> str:
+    rows = []
+    full = {(c["kind"], c["length"]): c for c in gates["cells"] if c["condition"] == "full"}
+    for c in gates["cells"]:
+        if c["condition"].startswith("top"):
+            change = 100 * (c["exact"] - full[c["kind"], c["length"]]["exact"])
+            before = percent(full[c["kind"], c["length"]]["exact"])
+            count = str(c["questions"])
+            rows.append([c["kind"], f"{c['length'] // 1024}K", count, before, percent(c["exact"]), f"{change:+.1f}"])
+    return table(["task", "length", "questions", "all entries", "top 64", "points"], rows)
+
+
+def stock() -> str:
+    result = load("stock.json")
+    rows = [
+        [r["kind"], f"{r['tokens'] // 1024}K", f"{round(r['exact'] * r['documents'])}/{r['documents']}"]
+        for r in result["answers"]
+    ]
+    loss = result["book_loss"]
+    text = (
+        f"\nHeld-out books: {loss['nats_per_token']} nats per token (standard error {loss['standard_error']}, "
+        f"{loss['passages']} passages of {loss['tokens_each']} tokens), {loss['bits_per_character']} bits per character.\n"
+    )
+    return table(["task", "length", "right, greedy"], rows) + text
+
+
+def training(rows: list[dict[str, Any]]) -> str:
+    stages = [row for row in rows if row.get("event") == "stage"]
+    end = next(row for row in reversed(rows) if row.get("event") == "end")
+    made = []
+    for stage in stages:
+        mine = [row for row in rows if row.get("stage") == stage["stage"] and "loss" in row]
+        rate = sorted(row["tokens_per_s"] for row in mine)[len(mine) // 2]
+        tokens = f"{stage['length']:,}"
+        made.append([tokens, str(mine[0]["step"]), str(mine[-1]["step"]), f"{stage['setup_s']:.1f}", f"{rate:,}"])
+    head = ["row length", "first logged step", "last step", "set-up s", "median tokens/s"]
+    note = f"\n{end['step']:,} steps, {end['tokens'] / 1e6:.0f} M tokens, {end['seconds']:.0f} s in all.\n"
+    return table(head, made) + note
+
+
+def plot(rows: list[dict[str, Any]]) -> None:
+    """First value tokens right, by family, over steps; hidden rows are among them."""
+    logged = [row for row in rows if "first" in row]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.6))
+    for family in ("number", "multivalue", "several", "kv", "vt", "talk", "hop", "song"):
+        picked = [row for row in logged if family in row["first"]]
+        left.plot([r["step"] for r in picked], [r["first"][family] for r in picked], label=family, linewidth=0.9)
+    left.set(xlabel="step", ylabel="first token of a value right", ylim=(0, 1))
+    left.legend(fontsize=7, ncols=2)
+    picked = [row for row in logged if "lm" in row["losses"]]
+    right.plot([r["step"] for r in picked], [r["losses"]["lm"] for r in picked], label="novels, nats per token")
+    right.set(xlabel="step", ylabel="loss")
+    twin = right.twinx()
+    twin.plot([r["step"] for r in logged], [r["kl"] for r in logged], color="tab:orange", label="indexer KL")
+    twin.set(ylabel="KL", ylim=(0, 0.12))
+    for axis in (left, right):
+        for row in (row for row in rows if row.get("event") == "stage"):
+            first = next((r["step"] for r in logged if r["stage"] == row["stage"]), 0)
+            axis.axvline(first, color="grey", linewidth=0.6, linestyle=":")
+    right.legend(loc="upper right", fontsize=7)
+    twin.legend(loc="center right", fontsize=7)
+    figure.tight_layout()
+    figure.savefig(CURVES, metadata={"Date": None})
+    CURVES.write_text("\n".join(line.rstrip() for line in CURVES.read_text().splitlines()) + "\n")
+
+
+def main() -> None:
+    rows = [json.loads(line) for line in LOG.read_text().splitlines()]
+    gates = load("gates-h200.json")
+    order = ("full", "top64", "none", "only0", "only1", "only2", "without0", "without1", "without2")
+    parts = [
+        "### Recall by length\n", by_length(gates),
+        "\n### Crowded documents\n", crowded(["many-16k-cpu.json", "many-64k-cpu.json", "many-128k-cpu.json"]),
+        "\n### Layers, mixed documents at 16K\n", conditions(gates, 16_384, order),
+        "\n### Top-k\n", topk_change(gates),
+        "\n### Stock transformers\n", stock(),
+        "\n### The run\n", training(rows),
+    ]  # fmt: skip
+    text = PAGE.read_text()
+    before, after = text[: text.index(BEGIN)], text[text.index(END) :]
+    PAGE.write_text(f"{before}{BEGIN}\n\n" + "\n".join(parts) + f"\n{after}")
+    plot(rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,68 @@
+"""Small runs of the benchmarks themselves."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from benchmarks import common, decode_cost, gpu_checks, gpu_sanitizer_target, prefill, recall, synthetic
+from flashmem import Engine, LSAConfig
+
+
+def test_synthetic_history_is_a_session_like_others() -> None:
+    engine = Engine(common.v4_shaped_model(), config=LSAConfig(policy="native", keep=0.5, page_chunks=4))
+    with engine.session() as session:
+        synthetic.fill(engine, session, 1003)
+        engine.check()
+        assert session.state.position == 1003 and session.pages.num_chunks == 250
+        assert len(session.pages.resident) == 32  # half of 63 pages
+        session.append([1, 2, 3, 4, 5])
+        session.generate(max_new_tokens=3)
+        engine.check()
+    engine.close()
+
+
+def test_decode_cost_keeps_resident_pages_equal() -> None:
+    result = decode_cost.run(2048, 8192, resident_pages=5, rounds=2, block=2, device="cpu")
+    assert [row["resident_pages"][0] for row in result["rows"]] == [5, 5, 32]
+    assert result["step_time_ratio"] > 0
+
+
+def test_prefill_reports_time_and_memory() -> None:
+    result = prefill.run(1100, LSAConfig(policy="native", keep=0.5, prefill_chunk=300))
+    assert result["within_limits"] and result["accounting"]["all_in_host_bytes"] > 0
+
+
+def test_documents_hold_their_facts_once() -> None:
+    document = recall.make_document(4096, seed=0)
+    assert len(document.ids) == 4096 and len(document.facts) == 102
+    assert len({tuple(key) for key, _ in document.facts}) == 102
+    places = [i for i, token in enumerate(document.ids) if token == recall.MAGIC]
+    assert len(places) == 102 and all(b - a >= recall.FACT_LENGTH for a, b in pairwise(places))
+    told = {tuple(document.ids[i + 1 : i + 6]) for i in places}
+    assert told == {(*key, *value) for key, value in document.facts}
+
+
+@pytest.mark.trial
+def test_recall_of_a_model_that_knows_the_task(trial_model: Path) -> None:
+    args = SimpleNamespace(
+        model=trial_model, contexts=[4096], questions=4, keep=[0.1], seeds=[0], layers=[0], page_chunks=16, seed=0
+    )
+    result = recall.run(args)
+    shares = {row["policy"]: row["exact_share"] for row in result["contexts"][0]["policies"]}
+    assert shares["full"] == shares["native 10 %"] == 1
+    assert str(trial_model.parent) not in recall.markdown(result)
+
+
+def test_parts_of_the_gpu_checks_run_on_the_cpu() -> None:
+    args = SimpleNamespace(device="cpu", geometries=1, load_tokens=2048, load_windows=2, window_steps=3)
+    assert gpu_checks.run_exactness(args)["passed"]
+    assert gpu_checks.run_copies_under_load(args)["passed"]
+    assert gpu_checks.run_copy_rates(SimpleNamespace(device="cpu", records=3, copy_rounds=1))["passed"]
+
+
+def test_sanitizer_target_swaps_pages() -> None:
+    assert gpu_sanitizer_target.run("cpu", "auto", steps=8) > 0
