@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -104,7 +103,8 @@ def stock() -> str:
     loss = result["book_loss"]
     text = (
         f"\nHeld-out books: {loss['nats_per_token']} nats per token (standard error {loss['standard_error']}, "
-        f"{loss['passages']} passages of {loss['tokens_each']} tokens), {loss['bits_per_character']} bits per character.\n"
+        f"{loss['passages']} passages of {loss['tokens_each']} tokens), "
+        f"{loss['bits_per_character']} bits per character.\n"
     )
     return table(["task", "length", "right, greedy"], rows) + text
 
