@@ -113,8 +113,10 @@ def document_of(
                 f"{(first + count) // ratio}: was the answer's second pass left out?"
             )
     token_votes = _votes(dump, count)
-    queries = sample_queries(first, count - 1, config.tau, config.queries, config.seed, rid) or [first]
-    spans = windows(queries, first, count - 1, config.tau)
+    sampled = sample_queries([(first + 1, first + count)], config.tau, config.queries, config.seed, rid)
+    sampled = sampled or [(first, first + 1)]
+    queries = [position for position, _ in sampled]
+    spans = windows(sampled, first, config.tau)
     num_chunks = [(position + 1) // ratio for position in queries]
     m = config.observe
     observed = [min(m, position - first + 1) for position in queries]
