@@ -78,6 +78,32 @@ def test_no_tensor_of_all_heads_and_chunks() -> None:
     assert largest < 2 * 64 * 100_000 * 4 / 2
 
 
+@pytest.mark.parametrize("budget", [1, 100, 1 << 20])
+def test_gradients_of_any_tile_equal_the_definition(budget: int) -> None:
+    grads = []
+    for tiled in (False, True):
+        q, keys, w = draw(2, 5, 3, 8), draw(2, 70, 8, seed=1), draw(2, 5, 3, seed=2)
+        for tensor in (q, keys, w):
+            tensor.requires_grad_()
+        logits = (
+            score_chunks_tiled(q, keys, w, element_budget=budget)
+            if tiled
+            else score_chunks(q, keys, w, impl="reference")
+        )
+        logits.square().sum().backward()
+        grads.append((q.grad, keys.grad, w.grad))
+    for one, other in zip(*grads, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+def test_backward_keeps_no_products() -> None:
+    kept: list[torch.Tensor] = []
+    q, rows, w = draw(2, 64, 8).requires_grad_(), torch.zeros(5000, 12, dtype=torch.uint8), draw(2, 64)
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        score_chunks(q, rows, w)
+    assert sum(x.nbytes for x in kept) < 2 * 64 * 5000
+
+
 @pytest.mark.parametrize(
     ("q", "keys", "w"),
     [

@@ -1,6 +1,7 @@
 """The Memory Indexer: one scorer per target layer, and how their logits combine.
 
-Shape letters: L = target layers, m = observed tokens, E = hidden_size, N = chunks, I = head_dim.
+Shape letters: L = target layers, Q = queries that share a history, m = observed tokens, E = hidden_size, N = chunks,
+I = head_dim.
 """
 
 from __future__ import annotations
@@ -69,29 +70,58 @@ class MemoryIndexer(nn.Module):
         may live on different devices: only queries and logits travel. `ensemble` overrides the config's.
         Raises ValueError when layers, tokens or chunks do not agree.
         """
+        batched = {csa: states_mE.unsqueeze(0) for csa, states_mE in hidden.items()}
+        return self.batch_logits(batched, keys, positions.unsqueeze(0), ensemble=ensemble).squeeze(0)
+
+    def batch_logits(
+        self,
+        hidden: Mapping[int, torch.Tensor],
+        keys: Mapping[int, torch.Tensor],
+        positions: torch.Tensor,
+        seen: torch.Tensor | None = None,
+        *,
+        ensemble: Ensemble | None = None,
+    ) -> torch.Tensor:
+        """Return float32 logits [Q, N] of several queries of one history, as `chunk_logits` gives them one by one.
+
+        hidden: by CSA index, [Q, m, E]; positions: integer [Q, m]; keys as for `chunk_logits`. `seen` is bool [Q, m]:
+        False where there is no token (its position is ignored); every query has at least one.
+        """
         self._check_layers(hidden, keys)
         if len({len(keys[csa]) for csa in self.target_layers}) > 1:
             raise ValueError(f"layers disagree on chunks: { ({csa: len(keys[csa]) for csa in self.target_layers}) }")
+        at = positions if seen is None else positions.masked_fill(~seen, 0)
         logits = []
         for csa, scorer in self.layers.items():
             device = scorer.q_norm_weight.device
-            q_mHI, w_mH = scorer.queries(hidden[csa].to(device), positions.to(device))
+            q_MHI, w_MH = scorer.queries(hidden[csa].flatten(0, 1).to(device), at.flatten().to(device))
             rows = keys[csa] if keys[csa].dtype is torch.uint8 else hadamard(keys[csa])
-            logits.append(score_chunks(q_mHI.to(rows.device), rows, w_mH.to(rows.device)))
-        return self.combine(logits, ensemble=ensemble)
+            logits_MN = score_chunks(q_MHI.to(rows.device), rows, w_MH.to(rows.device))
+            logits.append(logits_MN.unflatten(0, positions.shape))
+        return self._combine(logits, seen, ensemble or self._config.ensemble)
 
-    def combine(self, logits_LmN: Sequence[torch.Tensor], *, ensemble: Ensemble | None = None) -> torch.Tensor:
-        """Reduce per-layer logits [m, N] over layers and tokens alike, then add the offset; float32 [N]."""
-        ensemble = ensemble or self._config.ensemble
+    def _combine(
+        self, logits_LQmN: Sequence[torch.Tensor], seen_Qm: torch.Tensor | None, ensemble: Ensemble
+    ) -> torch.Tensor:
+        """Reduce over layers and tokens alike, then add the offset."""
         if ensemble not in ("max", "mean"):
             raise ValueError(f"ensemble must be 'max' or 'mean', got {ensemble!r}")
-        if not logits_LmN or not len(logits_LmN[0]):
+        if not logits_LQmN or not logits_LQmN[0].shape[1]:
             raise ValueError("there must be at least one layer and one observed token")
-        device = logits_LmN[0].device
-        per_layer_LN = [x.amax(0) if ensemble == "max" else x.mean(0) for x in logits_LmN]
-        stacked_LN = torch.stack([x_N.to(device) for x_N in per_layer_LN])
-        combined_N = stacked_LN.amax(0) if ensemble == "max" else stacked_LN.mean(0)
-        return combined_N + self.offset.float().to(device)
+        device = logits_LQmN[0].device
+        per_layer_QN = []
+        for logits_QmN in logits_LQmN:
+            absent = None if seen_Qm is None else ~seen_Qm.to(logits_QmN.device).unsqueeze(-1)
+            if ensemble == "max":
+                best = logits_QmN if absent is None else logits_QmN.masked_fill(absent, -torch.inf)
+                per_layer_QN.append(best.amax(1))
+            elif absent is None:
+                per_layer_QN.append(logits_QmN.mean(1))
+            else:
+                per_layer_QN.append(logits_QmN.masked_fill(absent, 0).sum(1) / (~absent).sum(1))
+        stacked_LQN = torch.stack([x_QN.to(device) for x_QN in per_layer_QN])
+        combined_QN = stacked_LQN.amax(0) if ensemble == "max" else stacked_LQN.mean(0)
+        return combined_QN + self.offset.float().to(device)
 
     @staticmethod
     def probability(logits: torch.Tensor) -> torch.Tensor:

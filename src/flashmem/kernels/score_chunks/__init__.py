@@ -22,7 +22,8 @@ def score_chunks(q: torch.Tensor, keys: torch.Tensor, w: torch.Tensor, *, impl: 
 
     Keys are index rows, uint8 [N, I + 4], or floating point [N, I]; both in the basis of the queries (rows: Hadamard).
     With one more leading dimension on all three, each batch is scored against its own keys: [B, M, N].
-    Differentiable with respect to q, w and float keys. Memory: one tile of products, whatever M and N.
+    Differentiable with respect to q, w and float keys. Memory: one tile of products, whatever M and N, in the
+    backward too ('reference' keeps them all).
     """
     if q.dim() == 3:
         return score_chunks(q.unsqueeze(0), keys.unsqueeze(0), w.unsqueeze(0), impl=impl).squeeze(0)
