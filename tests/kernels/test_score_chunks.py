@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from flashmem.kernels.index_rows import decode_index_rows, encode_index_rows, hadamard
-from flashmem.kernels.score_chunks import score_chunks
-from flashmem.kernels.score_chunks.tiled import score_chunks_tiled
+from flashmem.kernels.score_chunks import score_chunks, score_chunks_max
+from flashmem.kernels.score_chunks.tiled import ELEMENT_BUDGET, score_chunks_tiled
 
 
 def draw(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -94,6 +94,32 @@ def test_gradients_of_any_tile_equal_the_definition(budget: int) -> None:
         grads.append((q.grad, keys.grad, w.grad))
     for one, other in zip(*grads, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("elements", [1, 500, 1 << 20])
+@pytest.mark.parametrize("some", [False, True])
+def test_maximum_over_tokens_and_its_gradient(elements: int, some: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(ELEMENT_BUDGET, "cpu", elements)
+    seen = torch.tensor([[True, True, True], [False, False, True]]) if some else None
+    results = []
+    for impl in ("reference", "tiled"):
+        q, keys, w = draw(2, 3, 5, 8), draw(131, 8, seed=1), draw(2, 3, 5, seed=2)
+        for tensor in (q, keys, w):
+            tensor.requires_grad_()
+        best = score_chunks_max(q, keys, w, seen, impl=impl)  # type: ignore[arg-type]
+        (best * draw(2, 131, seed=3).relu()).sum().backward()  # relu: some pairs have no gradient
+        results.append((best, q.grad, keys.grad, w.grad))
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+def test_maximum_of_nothing() -> None:
+    assert score_chunks_max(draw(2, 3, 5, 8), torch.empty(0, 12, dtype=torch.uint8), draw(2, 3, 5)).shape == (2, 0)
+    assert score_chunks_max(draw(0, 3, 5, 8), draw(4, 8), draw(0, 3, 5)).shape == (0, 4)
+    with pytest.raises(ValueError, match="at least one observed token"):
+        score_chunks_max(draw(2, 0, 5, 8), draw(4, 8), draw(2, 0, 5))
+    with pytest.raises(ValueError, match="must be"):
+        score_chunks_max(draw(2, 3, 5, 8), draw(4, 8), draw(2, 5, 3))
 
 
 def test_backward_keeps_no_products() -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,10 @@ from torch import nn
 
 from ..config import RopeConfig
 from ..kernels.index_rows import hadamard
-from ..kernels.score_chunks import score_chunks
+from ..kernels.score_chunks import score_chunks, score_chunks_max
 from .checkpoint import check_tensors, digest_tensors, infer_config, read_checkpoint, write_checkpoint
 from .config import Ensemble, IndexerConfig, QueryDtype
-from .native import read_native
+from .native import read_native, widen
 from .scorer import LayerScorer
 
 
@@ -90,35 +90,22 @@ class MemoryIndexer(nn.Module):
         self._check_layers(hidden, keys)
         if len({len(keys[csa]) for csa in self.target_layers}) > 1:
             raise ValueError(f"layers disagree on chunks: { ({csa: len(keys[csa]) for csa in self.target_layers}) }")
+        ensemble = ensemble or self._config.ensemble
+        if ensemble not in ("max", "mean"):
+            raise ValueError(f"ensemble must be 'max' or 'mean', got {ensemble!r}")
+        if not positions.shape[1]:
+            raise ValueError("there must be at least one layer and one observed token")
         at = positions if seen is None else positions.masked_fill(~seen, 0)
-        logits = []
+        per_layer_QN = []
         for csa, scorer in self.layers.items():
             device = scorer.q_norm_weight.device
             q_MHI, w_MH = scorer.queries(hidden[csa].flatten(0, 1).to(device), at.flatten().to(device))
             rows = keys[csa] if keys[csa].dtype is torch.uint8 else hadamard(keys[csa])
-            logits_MN = score_chunks(q_MHI.to(rows.device), rows, w_MH.to(rows.device))
-            logits.append(logits_MN.unflatten(0, positions.shape))
-        return self._combine(logits, seen, ensemble or self._config.ensemble)
-
-    def _combine(
-        self, logits_LQmN: Sequence[torch.Tensor], seen_Qm: torch.Tensor | None, ensemble: Ensemble
-    ) -> torch.Tensor:
-        """Reduce over layers and tokens alike, then add the offset."""
-        if ensemble not in ("max", "mean"):
-            raise ValueError(f"ensemble must be 'max' or 'mean', got {ensemble!r}")
-        if not logits_LQmN or not logits_LQmN[0].shape[1]:
-            raise ValueError("there must be at least one layer and one observed token")
-        device = logits_LQmN[0].device
-        per_layer_QN = []
-        for logits_QmN in logits_LQmN:
-            absent = None if seen_Qm is None else ~seen_Qm.to(logits_QmN.device).unsqueeze(-1)
-            if ensemble == "max":
-                best = logits_QmN if absent is None else logits_QmN.masked_fill(absent, -torch.inf)
-                per_layer_QN.append(best.amax(1))
-            elif absent is None:
-                per_layer_QN.append(logits_QmN.mean(1))
-            else:
-                per_layer_QN.append(logits_QmN.masked_fill(absent, 0).sum(1) / (~absent).sum(1))
+            q_QmHI, w_QmH = (x.to(rows.device).unflatten(0, positions.shape) for x in (q_MHI, w_MH))
+            there = None if seen is None else seen.to(rows.device)
+            reduce = score_chunks_max if ensemble == "max" else _score_chunks_mean
+            per_layer_QN.append(reduce(q_QmHI, rows, w_QmH, there))
+        device = per_layer_QN[0].device
         stacked_LQN = torch.stack([x_QN.to(device) for x_QN in per_layer_QN])
         combined_QN = stacked_LQN.amax(0) if ensemble == "max" else stacked_LQN.mean(0)
         return combined_QN + self.offset.float().to(device)
@@ -186,6 +173,49 @@ class MemoryIndexer(nn.Module):
         device = tensors[f"retrievers.l{config.layers[0]}.q_norm_weight"].device
         return cls._from_tensors(config, {key: tensor.to(device) for key, tensor in tensors.items()})
 
+    def derive(
+        self,
+        *,
+        layers: tuple[int, ...] | None = None,
+        num_heads: int | None = None,
+        q_rank: int | None = None,
+        ensemble: Ensemble | None = None,
+        observation_window: int | None = None,
+        logit_offset: float | None = None,
+        seed: int = 0,
+    ) -> MemoryIndexer:
+        """A copy with some of the layers, widened without changing what they compute, and with other rules.
+
+        Raises ValueError for layers that are not there, and for fewer heads or a smaller rank.
+        """
+        config = self.config
+        layers = config.layers if layers is None else layers
+        heads, rank = num_heads or config.num_heads, q_rank or config.q_rank
+        if absent := sorted(set(layers) - set(config.layers)):
+            raise ValueError(f"target layers are {list(config.layers)}, not {absent}")
+        if heads < config.num_heads or rank < config.q_rank:
+            raise ValueError(
+                f"an indexer can be widened, not narrowed: heads {config.num_heads} -> {heads}, "
+                f"rank {config.q_rank} -> {rank}"
+            )
+        tensors: dict[str, torch.Tensor] = {}
+        for csa in layers:
+            parts = {name: tensor.detach().float().clone() for name, tensor in self.layers[csa].state_dict().items()}
+            generator = torch.Generator("cpu").manual_seed(seed * 1_000_003 + csa)
+            parts = widen(parts, rank=rank, heads=heads, head_dim=config.head_dim, generator=generator)
+            tensors |= {f"retrievers.l{csa}.{name}": tensor for name, tensor in parts.items()}
+        made = replace(
+            config,
+            layers=layers,
+            num_heads=heads,
+            q_rank=rank,
+            rms_norm_eps=config.rms_norm_eps * config.q_rank / rank,
+            ensemble=ensemble or config.ensemble,
+            observation_window=observation_window or config.observation_window,
+            logit_offset=config.logit_offset if logit_offset is None else logit_offset,
+        )
+        return self._from_tensors(made, tensors)
+
     def save_pretrained(self, directory: str | Path) -> None:
         """Write `indexer.safetensors` and `config.json`; readers see the old or the new indexer, never a mixture."""
         write_checkpoint(directory, self._weights(), self.config)
@@ -231,6 +261,16 @@ class MemoryIndexer(nn.Module):
             raise ValueError(
                 f"target layers are {sorted(wanted)}; got hidden states of {sorted(hidden)} and keys of {sorted(keys)}"
             )
+
+
+def _score_chunks_mean(
+    q_QmHI: torch.Tensor, keys_NC: torch.Tensor, w_QmH: torch.Tensor, seen_Qm: torch.Tensor | None
+) -> torch.Tensor:
+    logits_QmN = score_chunks(q_QmHI.flatten(0, 1), keys_NC, w_QmH.flatten(0, 1)).unflatten(0, q_QmHI.shape[:2])
+    if seen_Qm is None:
+        return logits_QmN.mean(1)
+    absent_Qm1 = ~seen_Qm.unsqueeze(-1)
+    return logits_QmN.masked_fill(absent_Qm1, 0).sum(1) / (~absent_Qm1).sum(1)
 
 
 __all__ = ["MemoryIndexer"]

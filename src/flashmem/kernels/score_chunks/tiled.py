@@ -31,7 +31,7 @@ class _Tiled(torch.autograd.Function):
         ctx.budget = budget
         logits_BMN = q_BMHI.new_empty(*q_BMHI.shape[:2], keys_BNC.shape[1], dtype=torch.float32)
         for m, n in _tiles(q_BMHI, keys_BNC, budget):
-            dot_BmHn = _dots(q_BMHI[:, m], _float_keys(keys_BNC[:, n])).relu_()
+            dot_BmHn = dots(q_BMHI[:, m], float_keys(keys_BNC[:, n])).relu_()
             logits_BMN[:, m, n] = (w_BMH[:, m].float().unsqueeze(2) @ dot_BmHn).squeeze(2)
         return logits_BMN
 
@@ -41,8 +41,8 @@ class _Tiled(torch.autograd.Function):
         dq, dw = torch.zeros_like(q_BMHI, dtype=torch.float32), torch.zeros_like(w_BMH, dtype=torch.float32)
         dkeys = torch.zeros_like(keys_BNC, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         for m, n in _tiles(q_BMHI, keys_BNC, ctx.budget):
-            keys_BnI, grad_Bmn = _float_keys(keys_BNC[:, n]), grad_BMN[:, m, n]
-            dot_BmHn = _dots(q_BMHI[:, m], keys_BnI)
+            keys_BnI, grad_Bmn = float_keys(keys_BNC[:, n]), grad_BMN[:, m, n]
+            dot_BmHn = dots(q_BMHI[:, m], keys_BnI)
             active = dot_BmHn > 0
             dw[:, m] += (dot_BmHn.relu_() @ grad_Bmn.unsqueeze(-1)).squeeze(-1)
             ddot_BmHn = torch.where(active, grad_Bmn.unsqueeze(2) * w_BMH[:, m].float().unsqueeze(-1), 0.0)
@@ -61,9 +61,9 @@ def _tiles(q_BMHI: torch.Tensor, keys_BNC: torch.Tensor, budget: int) -> Iterato
             yield slice(m, m + query_tile), slice(n, n + chunk_tile)
 
 
-def _dots(q_BmHI: torch.Tensor, keys_BnI: torch.Tensor) -> torch.Tensor:
-    return (q_BmHI.float().flatten(1, 2) @ keys_BnI.transpose(1, 2)).unflatten(1, q_BmHI.shape[1:3])
+def dots(q_BmHI: torch.Tensor, keys_BnI: torch.Tensor) -> torch.Tensor:
+    return (q_BmHI.float().flatten(1, 2) @ keys_BnI.transpose(-1, -2)).unflatten(1, q_BmHI.shape[1:3])
 
 
-def _float_keys(keys_BnC: torch.Tensor) -> torch.Tensor:
+def float_keys(keys_BnC: torch.Tensor) -> torch.Tensor:
     return decode_index_rows(keys_BnC) if keys_BnC.dtype is torch.uint8 else keys_BnC.float()
