@@ -108,7 +108,7 @@ class MemoryIndexer(nn.Module):
         device = per_layer_QN[0].device
         stacked_LQN = torch.stack([x_QN.to(device) for x_QN in per_layer_QN])
         combined_QN = stacked_LQN.amax(0) if ensemble == "max" else stacked_LQN.mean(0)
-        return combined_QN + self.offset.float().to(device)
+        return combined_QN + (self.offset.float().to(device) + self._config.length_offset(combined_QN.shape[1]))
 
     @staticmethod
     def probability(logits: torch.Tensor) -> torch.Tensor:
@@ -182,6 +182,7 @@ class MemoryIndexer(nn.Module):
         ensemble: Ensemble | None = None,
         observation_window: int | None = None,
         logit_offset: float | None = None,
+        length_offsets: tuple[tuple[int, float], ...] | None = None,
         seed: int = 0,
     ) -> MemoryIndexer:
         """A copy with some of the layers, widened without changing what they compute, and with other rules.
@@ -213,6 +214,7 @@ class MemoryIndexer(nn.Module):
             ensemble=ensemble or config.ensemble,
             observation_window=observation_window or config.observation_window,
             logit_offset=config.logit_offset if logit_offset is None else logit_offset,
+            length_offsets=config.length_offsets if length_offsets is None else length_offsets,
         )
         return self._from_tensors(made, tensors)
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import yaml
 
 LOSSES = ("bce", "focal", "pairwise", "chunk-kl", "page-kl", "budget")
-Target = Literal["mass", "vote", "evidence"]
+TARGETS = ("mass", "vote", "evidence")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -20,7 +20,7 @@ class TrainConfig:
 
     losses: Mapping[str, float] = field(default_factory=lambda: {"page-kl": 1.0, "chunk-kl": 0.3, "budget": 0.3})
     """Loss -> weight. `bce`, `focal` and `pairwise` are the published ones; see `losses`."""
-    target: Mapping[Target, float] = field(default_factory=lambda: {"mass": 1.0})
+    target: Mapping[str, float] = field(default_factory=lambda: {"mass": 1.0})
     """Label -> weight in the soft target. The published losses take every chunk with any weight as positive."""
     layer_weights: Mapping[int, float] = field(default_factory=dict)
     """CSA index -> weight of its mass; empty means all alike. Labels of layers that do not retrieve are noise: measure
@@ -65,8 +65,8 @@ class TrainConfig:
             raise ValueError(f"losses must have positive weights, got {dict(self.losses)}")
         if unknown := sorted(set(self.losses) - set(LOSSES)):
             raise ValueError(f"unknown losses: {', '.join(unknown)}; known are {', '.join(LOSSES)}")
-        if not self.target or set(self.target) - {"mass", "vote", "evidence"}:
-            raise ValueError(f"target names mass, vote and evidence, got {dict(self.target)}")
+        if not self.target or set(self.target) - set(TARGETS):
+            raise ValueError(f"target names {', '.join(TARGETS)}, got {dict(self.target)}")
         if any(weight < 0 for weight in (*self.target.values(), *self.layer_weights.values())):
             raise ValueError("target and layer weights must not be negative")
         for name in ("epochs", "documents_per_step", "page_chunks", "recency_pages"):

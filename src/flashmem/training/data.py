@@ -63,8 +63,9 @@ class Queries:
     def to(self, device: torch.device) -> Queries:
         moved = {name: getattr(self, name).to(device) for name in _TENSORS}
         evidence = None if self.evidence is None else self.evidence.to(device)
-        maps = {name: {csa: x.to(device) for csa, x in getattr(self, name).items()} for name in ("hidden", "rows")}
-        return replace(self, evidence=evidence, **moved, **maps)
+        hidden = {csa: x.to(device) for csa, x in self.hidden.items()}
+        rows = {csa: x.to(device) for csa, x in self.rows.items()}
+        return replace(self, evidence=evidence, hidden=hidden, rows=rows, **moved)
 
     def pick(self, index: torch.Tensor) -> Queries:
         """Some of the queries."""

@@ -158,8 +158,7 @@ class Trainer:
         loss, parts = self.objective(documents, generator)
         self.accelerator.backward(loss)
         norm = self.accelerator.clip_grad_norm_(self.objective.parameters(), self.config.clip)
-        row = {"loss": loss.detach(), **parts, "norm": norm}
-        values = {name: float(value) for name, value in row.items()}
+        values = {"loss": loss.item(), **{name: part.item() for name, part in parts.items()}, "norm": float(norm)}
         if not math.isfinite(values["loss"]):
             raise FloatingPointError(f"the loss is {values['loss']} at step {self.step}")
         self.optimizer.step()

@@ -70,15 +70,22 @@ def budget(logits_QN: torch.Tensor, queries: Queries, config: TrainConfig, gener
 
 
 def bce(logits_QN: torch.Tensor, queries: Queries, config: TrainConfig, generator: torch.Generator) -> torch.Tensor:
-    chosen = _sample(queries, config, generator)
-    return F.binary_cross_entropy_with_logits(logits_QN[chosen], (queries.need > 0).float()[chosen])
+    return _chosen_bce(logits_QN, queries, config, generator, gamma=0.0)
 
 
 def focal(logits_QN: torch.Tensor, queries: Queries, config: TrainConfig, generator: torch.Generator) -> torch.Tensor:
+    return _chosen_bce(logits_QN, queries, config, generator, gamma=config.focal_gamma)
+
+
+def _chosen_bce(
+    logits_QN: torch.Tensor, queries: Queries, config: TrainConfig, generator: torch.Generator, *, gamma: float
+) -> torch.Tensor:
     chosen = _sample(queries, config, generator)
     logits, wanted = logits_QN[chosen], (queries.need > 0).float()[chosen]
+    if not len(logits):  # a document without a single vote
+        return logits_QN.sum() * 0
     plain = F.binary_cross_entropy_with_logits(logits, wanted, reduction="none")
-    return ((1 - (-plain).exp()) ** config.focal_gamma * plain).mean()
+    return ((1 - (-plain).exp()).clamp_min(0) ** gamma * plain).mean() if gamma else plain.mean()
 
 
 def pairwise(

@@ -16,7 +16,9 @@ from .tiled import ELEMENT_BUDGET, LEAST_CHUNKS, dots, float_keys
 def score_chunks_max_tiled(
     q_QmHI: torch.Tensor, keys_NC: torch.Tensor, w_QmH: torch.Tensor, seen_Qm: torch.Tensor | None
 ) -> torch.Tensor:
-    return _Maximum.apply(q_QmHI, keys_NC, w_QmH, seen_Qm)
+    return _Maximum.apply(  # type: ignore[no-untyped-call]
+        q_QmHI, keys_NC, w_QmH, seen_Qm
+    )
 
 
 class _Maximum(torch.autograd.Function):
@@ -44,7 +46,7 @@ class _Maximum(torch.autograd.Function):
         return best_QN
 
     @staticmethod
-    def backward(ctx: Any, grad_QN: torch.Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad_QN: torch.Tensor) -> Any:
         q_QmHI, keys_NC, w_QmH, token_QN = ctx.saved_tensors
         observed, heads, width = q_QmHI.shape[1:]
         q_MHI, w_MH = q_QmHI.flatten(0, 1).float(), w_QmH.flatten(0, 1).float()

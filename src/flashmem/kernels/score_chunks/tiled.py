@@ -21,7 +21,9 @@ def score_chunks_tiled(
     q_BMHI: torch.Tensor, keys_BNC: torch.Tensor, w_BMH: torch.Tensor, *, element_budget: int | None = None
 ) -> torch.Tensor:
     budget = element_budget or ELEMENT_BUDGET.get(q_BMHI.device.type, ELEMENT_BUDGET["cuda"])
-    return _Tiled.apply(q_BMHI, keys_BNC, w_BMH, budget)
+    return _Tiled.apply(  # type: ignore[no-untyped-call]
+        q_BMHI, keys_BNC, w_BMH, budget
+    )
 
 
 class _Tiled(torch.autograd.Function):
@@ -36,7 +38,7 @@ class _Tiled(torch.autograd.Function):
         return logits_BMN
 
     @staticmethod
-    def backward(ctx: Any, grad_BMN: torch.Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad_BMN: torch.Tensor) -> Any:
         q_BMHI, keys_BNC, w_BMH = ctx.saved_tensors
         dq, dw = torch.zeros_like(q_BMHI, dtype=torch.float32), torch.zeros_like(w_BMH, dtype=torch.float32)
         dkeys = torch.zeros_like(keys_BNC, dtype=torch.float32) if ctx.needs_input_grad[1] else None
