@@ -169,7 +169,7 @@ class Trainer:
     def _log(self, kept: Sequence[Mapping[str, float]], seconds: float, on_row: Report | None) -> None:
         means = {name: sum(row[name] for row in kept) / len(kept) for name in kept[0]}
         row = {"step": self.step, **{name: round(value, 5) for name, value in means.items()}}
-        row |= {"rate": self.schedule.get_last_lr()[0], "seconds_per_step": round(seconds, 4)}
+        row |= {"rate": float(self.schedule.get_last_lr()[0]), "seconds_per_step": round(seconds, 4)}
         if self.accelerator.is_main_process:
             with (self.out / LOG).open("a") as log:
                 log.write(json.dumps(row) + "\n")
@@ -187,7 +187,7 @@ class Trainer:
         self.accelerator.save_state(str(fresh), safe_serialization=True)
         if self.accelerator.is_main_process:
             state = {"step": self.step, "config": self.config.to_mapping(), "documents": list(self.shards.rids)}
-            state["schedule"] = {k: v for k, v in self.schedule.state_dict().items() if k != "lr_lambdas"}
+            state["schedule"] = self.schedule.state_dict()
             (fresh / "run.json").write_text(json.dumps(state))
             old = self.out / f"{CHECKPOINT}.old"
             shutil.rmtree(old, ignore_errors=True)

@@ -42,6 +42,7 @@ def page_logits(logits_QN: torch.Tensor, queries: Queries) -> torch.Tensor:
 
 
 _NEVER = -1e4
+_FAR = 10.0
 
 
 def chunk_kl(logits_QN: torch.Tensor, queries: Queries, config: TrainConfig, _: torch.Generator) -> torch.Tensor:
@@ -61,7 +62,10 @@ def budget(logits_QN: torch.Tensor, queries: Queries, config: TrainConfig, gener
     room_Q = ((share * pages_Q).ceil().long() - always).clamp_min(1)
     ranked_QP = scores_QP.detach().sort(dim=1, descending=True).values
     room_Q = torch.minimum(room_Q.to(scores_QP.device), queries.eligible_pages().sum(1).clamp_min(1))
-    edge_Q1 = ranked_QP.gather(1, room_Q[:, None] - 1)
+    # halfway between the last page that stays and the first that goes; pages that cannot be chosen rank last
+    last_Q1 = ranked_QP.gather(1, room_Q[:, None] - 1)
+    first_out_Q1 = ranked_QP.gather(1, room_Q[:, None].clamp(max=ranked_QP.shape[1] - 1))
+    edge_Q1 = (last_Q1 + torch.maximum(first_out_Q1, last_Q1 - _FAR * config.budget_width)) / 2
     kept_QP = ((scores_QP - edge_Q1) / config.budget_width).sigmoid()
     kept_QP = torch.where(queries.eligible_pages(), kept_QP, 0.0)
     total_Q = need_QP.sum(1)
