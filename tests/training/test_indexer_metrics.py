@@ -71,16 +71,6 @@ def test_only_moments_of_level_1_are_served(shards: ShardReader) -> None:
     assert offsets and all(offset % TAU == 0 for offset in offsets) and offsets.count(0) == 2
 
 
-def test_carried_scores_last_one_answer(shards: ShardReader) -> None:
-    queries = metrics.served(read(shards), TAU)
-    plain = metrics.random_pages(0)(queries)
-    held = metrics.carried(metrics.random_pages(0), 0.25)(queries)
-    for query in range(len(queries)):
-        begins = query == 0 or int(queries.turns[query, 0]) != int(queries.turns[query - 1, 0])
-        expected = plain[query] if begins else torch.maximum(plain[query], held[query - 1] - 0.25)
-        assert torch.equal(held[query], expected)
-
-
 def test_calibration_error_of_known_probabilities() -> None:
     generator = np.random.default_rng(0)
     probability = generator.random(60_000)

@@ -130,19 +130,6 @@ def by_indexer(indexer: torch.nn.Module) -> PageScorer:
     return score
 
 
-def carried(scorer: PageScorer, decay: float) -> PageScorer:
-    """Within an answer, a page's score is at least its score of the window before, less `decay`."""
-
-    def score(queries: Queries) -> torch.Tensor:
-        scores_QP = scorer(queries).clone()
-        for query in range(1, len(queries)):
-            if int(queries.turns[query, 0]) == int(queries.turns[query - 1, 0]):
-                scores_QP[query] = torch.maximum(scores_QP[query], scores_QP[query - 1] - decay)
-        return scores_QP
-
-    return score
-
-
 def recency(queries: Queries) -> torch.Tensor:
     return torch.arange(queries.num_pages, dtype=torch.float32).expand(len(queries), -1)
 
@@ -188,7 +175,6 @@ __all__ = [
     "bootstrap",
     "by_indexer",
     "calibration_error",
-    "carried",
     "carry_over",
     "document_means",
     "oracle",
