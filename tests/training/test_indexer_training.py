@@ -164,13 +164,13 @@ def test_queries_that_need_nothing_teach_nothing(shards: ShardReader) -> None:
 def test_settings_come_from_yaml_and_unknown_ones_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text("epochs: 3\ntarget_layers: [1, 2]\nlayer_weights: {1: 0.25, 2: 0.75}\n")
-    config = TrainConfig.load(path, seed=4)
+    config = TrainConfig.from_mapping(TrainConfig.read(path) | {"seed": 4})
     assert (config.epochs, config.target_layers, config.layer_weights[2], config.seed) == (3, (1, 2), 0.75, 4)
     assert TrainConfig.from_mapping(config.to_mapping()) == config
     for text, message in (("epoch: 3", "unknown training settings: epoch"), ("[1]", "mapping"), ("a: [", "not YAML")):
         path.write_text(text)
         with pytest.raises(ValueError, match=message):
-            TrainConfig.load(path)
+            TrainConfig.from_mapping(TrainConfig.read(path))
     for change, message in (
         ({"losses": {"mse": 1.0}}, "unknown losses: mse"), ({"epochs": 0}, "epochs"), ({"observe": 0}, "observe"),
         ({"budgets": (0.2, 0.1)}, "budgets"), ({"target": {"clicks": 1.0}}, "clicks"),

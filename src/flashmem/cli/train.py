@@ -56,7 +56,7 @@ def run(
     if recipe not in ("ours", "published"):
         raise ValueError(f"recipe must be 'ours' or 'published', got {recipe!r}")
     base = TrainConfig.published().to_mapping() if recipe == "published" else {}
-    made = TrainConfig.from_mapping(base | changes) if config is None else TrainConfig.load(config, **(base | changes))
+    made = TrainConfig.from_mapping(base | ({} if config is None else TrainConfig.read(config)) | changes)
     reader = ShardReader(shards)
     begin = MemoryIndexer.from_pretrained(reader.directory / "native" if start is None else start)
     trainer = Trainer(reader, begin, made, output, cpu=cpu)

@@ -91,16 +91,16 @@ class TrainConfig:
         }  # fmt: skip
         return cls(**(values | changes))
 
-    @classmethod
-    def load(cls, path: str | Path, **changes: Any) -> TrainConfig:
-        """Read a YAML (or JSON) file; unknown keys are errors, `changes` win."""
+    @staticmethod
+    def read(path: str | Path) -> dict[str, Any]:
+        """The settings in a YAML (or JSON) file, for `from_mapping`."""
         try:
             values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise ValueError(f"{path} is not YAML: {error}") from error
         if not isinstance(values, dict):
             raise ValueError(f"{path} must hold a mapping of settings")
-        return cls.from_mapping(values | changes)
+        return values
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> TrainConfig:
