@@ -28,6 +28,7 @@ app = typer.Typer(cls=ReportingGroup, help="Compare policies on the same questio
 def add_command(parent: typer.Typer) -> None:
     app.command("gen")(generate)
     app.command("run")(with_options(run))
+    app.command("report")(report)
     parent.add_typer(app, name="eval")
 
 
@@ -107,6 +108,33 @@ def run(
         answer_json({"samples": str(path)})
     else:
         log(f"samples in {path}")
+
+
+def report(
+    results: Annotated[Path, typer.Argument(help="Directory of `flashmem eval run`.")],
+    margin: Annotated[
+        float, typer.Option(help="Points of accuracy that non-inferior may lie below, as a share.")
+    ] = 0.02,
+    floor: Annotated[
+        float | None,
+        typer.Option(help="Full attention below this fails; such rows are greyed.", show_default="the suite's"),
+    ] = None,
+    pictures: Annotated[bool, typer.Option(help="Draw pictures; needs matplotlib.")] = True,
+    json: Json = False,
+) -> None:
+    """Write metrics.json, table.md, report.html, pictures and kvpress directories beside the samples.
+
+    Example: `flashmem eval report results`
+    """
+    from ..evaluation.report import write_report
+    from ..evaluation.table import tables
+
+    metrics = write_report(results, margin=margin, floor=floor, pictures=pictures)
+    if json:
+        answer_json(metrics)
+    else:
+        answer(tables(metrics)[0].markdown())
+        log(f"written: metrics.json, table.md, report.html and kvpress/ in {results}")
 
 
 def parse_shard(text: str) -> tuple[int, int]:

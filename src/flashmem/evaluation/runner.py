@@ -29,13 +29,14 @@ from ..memory import MANIFEST as MEMORY_MANIFEST
 from ..memory import SavedMemory
 from ..policy import always_kept, page_scores
 from ..types import PageView, Scorer, Selection
+from .environment import environment, tokenizer_digest
 from .items import Content, Document, Item, ItemSet
 from .policies import Contender, Reference, build
 from .scorers import score
 
 log = logging.getLogger(__name__)
 
-RUN_FILE = "run.json"
+RUN_FILE, ENVIRONMENT_FILE = "run.json", "environments.json"
 BYTES = ("paper", "full_paper", "all_in", "full_all_in")
 """What a sample tells, as means over its cycles: bytes held and of a full cache, in both accountings."""
 
@@ -101,6 +102,7 @@ def run_items(
     out, tell = Path(out), progress or (lambda *_: None)
     out.mkdir(parents=True, exist_ok=True)
     _claim(out, describe(engine, items, contenders, config))
+    _note_environment(out, environment(engine))
     path = out / samples_name(config.shard)
     done = {(row["id"], f"{row['policy']}#{row['seed']}") for row in read_samples(path, mend=True)}
     work = list(_work(items, config))
@@ -136,13 +138,16 @@ def describe(engine: Engine, items: ItemSet, contenders: Sequence[Contender], co
         "items_sha256": items.sha256,
         "suite": items.suite,
         "made": dict(items.made),
+        "model_name": Path(engine.backbone.model.name_or_path).name,
         "model": engine.fingerprint(),
+        "tokenizer_sha256": tokenizer_digest(engine.tokenizer),
         "indexer": engine.indexer.fingerprint(),
         "dtype": str(engine.backbone.dtype).removeprefix("torch."),
         "lsa": lsa | {"policy": engine.policy.name},
         "policies": [asdict(contender) for contender in contenders],
         "batch": config.batch,
         "limit": config.limit,
+        "samples": len(contenders) * sum(len(asked) for _, asked in _limited(items, config.limit)),
     }
 
 
@@ -175,6 +180,14 @@ def _claim(out: Path, description: Mapping[str, Any]) -> None:
         raise ValueError(f"{out} holds samples of another run: {', '.join(differing)} differ; choose another directory")
 
 
+def _note_environment(out: Path, values: Mapping[str, Any]) -> None:
+    """Add the environment of this process to those that made samples here, where it is a new one."""
+    path = out / ENVIRONMENT_FILE
+    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+    if dict(values) not in found:
+        path.write_text(json.dumps([*found, values], indent=1) + "\n", encoding="utf-8")
+
+
 def _append(file: TextIO, row: Mapping[str, Any]) -> None:
     file.write(json.dumps(row, ensure_ascii=False) + "\n")
     file.flush()
@@ -185,24 +198,29 @@ Group = tuple[Item, ...]
 
 def _work(items: ItemSet, config: RunConfig) -> Iterator[tuple[Document, list[Group]]]:
     """Documents of this shard, each with its items in groups of one task (so that answers are about as long)."""
-    taken: dict[tuple[str, int], int] = {}
-    limited: list[tuple[Document, list[Item]]] = []
-    for document, asked in items.by_document():
-        kept = []
-        for item in asked:
-            cell = item.task, item.length
-            taken[cell] = taken.get(cell, 0) + 1
-            if config.limit is None or taken[cell] <= config.limit:
-                kept.append(item)
-        if kept:
-            limited.append((document, kept))
-    for document, kept in limited[config.shard[0] :: config.shard[1]]:
+    for document, kept in _limited(items, config.limit)[config.shard[0] :: config.shard[1]]:
         tasks = dict.fromkeys(item.task for item in kept)
         groups = []
         for task in tasks:
             mine = [item for item in kept if item.task == task]
             groups += [tuple(mine[at : at + config.batch]) for at in range(0, len(mine), config.batch)]
         yield document, groups
+
+
+def _limited(items: ItemSet, limit: int | None) -> list[tuple[Document, list[Item]]]:
+    """Documents with the first `limit` items of each task and length."""
+    taken: dict[tuple[str, int], int] = {}
+    made: list[tuple[Document, list[Item]]] = []
+    for document, asked in items.by_document():
+        kept = []
+        for item in asked:
+            cell = item.task, item.length
+            taken[cell] = taken.get(cell, 0) + 1
+            if limit is None or taken[cell] <= limit:
+                kept.append(item)
+        if kept:
+            made.append((document, kept))
+    return made
 
 
 def _complete(group: Group, contenders: Sequence[Contender], done: set[tuple[str, str]]) -> bool:
@@ -451,6 +469,9 @@ def _row(
     """One line of the samples file."""
     text = _text(engine, answer.tokens)
     points = score(text, item)
+    held = {name: _mean([cycle[name] for cycle in answer.cycles]) for name in BYTES}
+    if contender.kind == "full":  # a system without paging has no page table, and no second copy of index keys
+        held["all_in"] = held["full_all_in"]
     return {
         "id": item.id,
         "task": item.task,
@@ -465,7 +486,7 @@ def _row(
         "new_tokens": len(answer.tokens),
         "context_tokens": answer.stats["tokens"] - len(answer.tokens) + 1,
         "cycles": answer.cycles,
-        "bytes": {name: _mean([cycle[name] for cycle in answer.cycles]) for name in BYTES},
+        "bytes": held,
         "evidence_recall": evidence_recall(item, answer.resident[0], engine),
         "mass_recall": mass_recall(answer, reference.masses),
         "moved_bytes": answer.moved_bytes,
