@@ -229,11 +229,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--indexer", action="append", default=[], metavar="NAME=PATH")
     parser.add_argument("--best", help="name whose differences to all others are shown")
     parser.add_argument("--page-chunks", type=int, default=64)
+    parser.add_argument("--sink-pages", type=int, default=1)
+    parser.add_argument("--recency-pages", type=int, default=2)
     parser.add_argument("--layer-weights", nargs="*", default=[], metavar="CSA=WEIGHT")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args(argv)
     shards = ShardReader(args.shards)
-    rules = PageRules(page_chunks=args.page_chunks, sink_pages=1, recency_pages=2)
+    rules = PageRules(
+        page_chunks=args.page_chunks, sink_pages=args.sink_pages, recency_pages=args.recency_pages
+    )  # fmt: skip
     setup = Setup(rules, shards.meta.tau, layer_weights=parse_weights(args.layer_weights))
     result = compare(shards, parse_indexers(args.indexer), setup, best=args.best)
     args.out.parent.mkdir(parents=True, exist_ok=True)
