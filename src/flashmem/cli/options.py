@@ -63,6 +63,8 @@ class EngineOptions:
     keep: Annotated[float | None, _lsa("threshold rule", "Fixed budget: share of all pages on the device.")] = None
     threshold: Annotated[float | None, _lsa(_BASE.threshold, "A chunk is wanted above this probability.")] = None
     page_chunks: Annotated[int | None, _lsa(_BASE.page_chunks, "Chunks of 4 tokens per page, a power of two.")] = None
+    sink_pages: Annotated[int | None, _lsa(_BASE.sink_pages, "First pages, always kept.")] = None
+    recency_pages: Annotated[int | None, _lsa(_BASE.recency_pages, "Last pages, always kept.")] = None
     tau: Annotated[int | None, _lsa(_BASE.tau, "Decode steps per cycle.")] = None
     observation_window: Annotated[int | None, _lsa("the indexer's", "Last tokens that level 1 reads.")] = None
     rescue: Annotated[
@@ -89,6 +91,8 @@ class EngineOptions:
             "keep": self.keep,
             "threshold": self.threshold,
             "page_chunks": self.page_chunks,
+            "sink_pages": self.sink_pages,
+            "recency_pages": self.recency_pages,
             "tau": self.tau,
             "observation_window": self.observation_window,
             "rescue": self.rescue or None,

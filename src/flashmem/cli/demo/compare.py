@@ -1,4 +1,8 @@
-"""Reading a document once and asking about it under several policies, each over the same saved memory."""
+"""Reading a document once and asking about it under several policies.
+
+The document is read once, every question once; both end in a snapshot, from which each policy goes on. So the answers
+differ only by the pages on the device.
+"""
 
 from __future__ import annotations
 
@@ -7,17 +11,20 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import flashmem
 
 from ...config import LSAConfig
-from ...policy import RecencyPolicy
+from ...memory import SavedMemory
+from ...policy import AllPages, RecencyPolicy
+from ...types import Policy
 from .document import Asked, Document
 
 Tell = Callable[[str, int, int], None]
 """What is being done, and how far: done, total."""
+FULL, LSA, RECENCY = "full attention", "LSA", "recency"
+_CHECKED_CONTEXT, _CHECKED_TOKENS = 512, 16
 _SPARE_TOKENS = 8
 """How far a wrong answer may run on beyond the length of the right one."""
 
@@ -72,58 +79,58 @@ class Comparison:
 
 
 def compare(document: Document, config: LSAConfig | None, tell: Tell) -> Comparison:
-    """Read with the shipped model, then ask everything under full attention, LSA and recency.
-
-    Recency gets as many pages as LSA ever had at the start of a cycle.
-    """
+    """Read with the shipped model, then ask everything under full attention, LSA and recency."""
     tell("loading the model", 0, 1)
-    reader = flashmem.Engine.demo(config=config)
-    model, tokenizer, indexer, config = reader.backbone.model, reader.tokenizer, reader.indexer, reader.config
-    page_tokens = config.page_chunks * reader.geometry.csa_ratio
-
-    def engine(**changes: Any) -> flashmem.Engine:
-        return flashmem.Engine(model, tokenizer, indexer=indexer, config=replace(config, **changes))
-
-    with tempfile.TemporaryDirectory() as directory:
-        memory = Path(directory) / "demo.mem"
+    engine = flashmem.Engine.demo(config=config)
+    settings = {name: Setting(name=name, replies=[]) for name in (FULL, LSA, RECENCY)}
+    with _closing(engine):
         started = time.monotonic()
-        with _closing(reader), reader.session() as session:
+        with engine.session() as session:
             session.append(document.ids, on_progress=lambda done, total: tell("reading", done, total))
-            session.save(memory)
-            read_stats = session.stats()
+            read_stats, memory = session.stats(), session.snapshot()
         read_seconds, started = time.monotonic() - started, time.monotonic()
-        full = _ask_all("full attention", engine(policy="all"), memory, document, tell)
-        lsa = _ask_all("LSA", engine(), memory, document, tell)
-        most = max(len(pages) for reply in lsa.replies for pages in reply.cycles)
-        recency = _ask_all("recency", engine(policy=RecencyPolicy(pages=most)), memory, document, tell)
+        for index, asked in enumerate(document.questions):
+            tell("asking", index, len(document.questions))
+            for name, reply in _ask(engine, memory, asked).items():
+                settings[name].replies.append(reply)
         ask_seconds = time.monotonic() - started
-        exactness = _exactness(engine, memory, document, tell)
+        tell("saved, opened, continued?", 0, 1)
+        going_on, opened = _saved_and_opened(engine, memory, document.questions[-1])
+    tell("the same tokens as transformers?", 0, 1)
+    ours, theirs = _ours_and_theirs(engine.backbone.model, engine.config, document)
+    decode = engine.tokenizer.decode
     return Comparison(
-        config=config,
-        page_tokens=page_tokens,
-        settings=[full, lsa, recency],
-        expected=[tokenizer.decode(asked.answer).strip() for asked in document.questions],
-        questions=[_question(tokenizer.decode(asked.prompt)) for asked in document.questions],
+        config=engine.config,
+        page_tokens=engine.config.page_chunks * engine.geometry.csa_ratio,
+        settings=list(settings.values()),
+        expected=[decode(asked.answer).strip() for asked in document.questions],
+        questions=[_question(decode(asked.prompt)) for asked in document.questions],
         read_stats=read_stats,
         read_seconds=round(read_seconds, 1),
         ask_seconds=round(ask_seconds, 1),
-        exactness=exactness,
+        exactness=Exactness(
+            tokens=len(theirs),
+            equal_to_transformers=_equal(ours, theirs),
+            continued_tokens=len(going_on),
+            equal_when_opened=_equal(going_on, opened),
+        ),
     )
 
 
-def _ask_all(name: str, engine: flashmem.Engine, memory: Path, document: Document, tell: Tell) -> Setting:
-    replies = []
-    with _closing(engine):
-        for index, asked in enumerate(document.questions):
-            tell(f"asking, {name}", index, len(document.questions))
-            replies.append(_ask(engine, memory, asked))
-    return Setting(name=name, replies=replies)
-
-
-def _ask(engine: flashmem.Engine, memory: Path, asked: Asked) -> Reply:
-    """One question to a freshly opened memory; what follows the end token of an answer is not asked for."""
-    with engine.open(memory) as session:
+def _ask(engine: flashmem.Engine, memory: SavedMemory, asked: Asked) -> dict[str, Reply]:
+    """The replies of all settings; recency gets as many pages as LSA had at most at the start of a cycle."""
+    with engine.resume(memory) as session:
         session.append(asked.prompt)
+        snapshot = session.snapshot()
+    full = _reply(engine, snapshot, asked, AllPages())
+    lsa = _reply(engine, snapshot, asked, None)
+    recency = _reply(engine, snapshot, asked, RecencyPolicy(pages=max(map(len, lsa.cycles))))
+    return {FULL: full, LSA: lsa, RECENCY: recency}
+
+
+def _reply(engine: flashmem.Engine, snapshot: SavedMemory, asked: Asked, policy: Policy | None) -> Reply:
+    """An answer under a policy, the engine's own where none is given; what follows its end is not asked for."""
+    with engine.resume(snapshot, policy=policy) as session:
         cycles, seen, ids = [list(session.pages.resident)], session.cycle.stats.cycles, []
         for token in session.stream(max_new_tokens=len(asked.answer) + _SPARE_TOKENS):
             ids.append(token)
@@ -148,33 +155,29 @@ def _question(prompt: str) -> str:
     return line[: line.index("?") + 1] if "?" in line else line
 
 
-def _exactness(engine: Callable[..., flashmem.Engine], memory: Path, document: Document, tell: Tell) -> Exactness:
-    """The document's beginning read and continued by transformers and by flashmem; the memory opened, saved, opened."""
-    import torch  # takes seconds: long loaded by now, and nobody should pay for it before the arguments are checked
-
-    ids, new_tokens = document.ids[:512], 16
-    tell("the same tokens as transformers?", 0, 2)
-    with _closing(engine(policy="all")) as exact:
-        with exact.session() as session:
-            session.append(ids)
-            ours = list(session.stream(max_new_tokens=new_tokens))
-        model = exact.backbone.model
-    wanted = model.generate(torch.tensor([ids]), max_new_tokens=new_tokens, do_sample=False)[0, len(ids) :].tolist()
-    tell("the same tokens after opening?", 1, 2)
-    with _closing(engine()) as few, tempfile.TemporaryDirectory() as directory:
-        with few.open(memory) as session:
-            session.append(document.questions[-1].prompt)
+def _saved_and_opened(engine: flashmem.Engine, memory: SavedMemory, asked: Asked) -> tuple[list[int], list[int]]:
+    """Tokens of a session that goes on in the middle of an answer, and those of the same session saved and opened."""
+    with tempfile.TemporaryDirectory() as directory:
+        with engine.resume(memory) as session:
+            session.append(asked.prompt)
             list(session.stream(max_new_tokens=4))
             session.save(directory)
-            going_on = list(session.stream(max_new_tokens=new_tokens))
-        with few.open(directory) as session:
-            opened = list(session.stream(max_new_tokens=new_tokens))
-    return Exactness(
-        tokens=len(wanted),
-        equal_to_transformers=_equal(ours, wanted),
-        continued_tokens=len(going_on),
-        equal_when_opened=_equal(going_on, opened),
-    )
+            going_on = list(session.stream(max_new_tokens=_CHECKED_TOKENS))
+        with engine.open(directory) as session:
+            return going_on, list(session.stream(max_new_tokens=_CHECKED_TOKENS))
+
+
+def _ours_and_theirs(model: Any, config: LSAConfig, document: Document) -> tuple[list[int], list[int]]:
+    """The document's beginning continued by flashmem with every page on the device, and by unmodified transformers."""
+    import torch  # takes seconds: long loaded by now, and nobody should pay for it before the arguments are checked
+
+    ids = document.ids[:_CHECKED_CONTEXT]
+    engine = flashmem.Engine(model, config=replace(config, policy="all"))
+    with _closing(engine), engine.session() as session:
+        session.append(ids)
+        ours = list(session.stream(max_new_tokens=_CHECKED_TOKENS))
+    theirs = model.generate(torch.tensor([ids]), max_new_tokens=_CHECKED_TOKENS, do_sample=False)[0, len(ids) :]
+    return ours, theirs.tolist()
 
 
 def _equal(first: list[int], second: list[int]) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,8 @@ from .document import Document
 from .picture import LEGEND, WIDTH, pages_of, terminal_lines
 
 _SHOWN_CHARACTERS = 150
-_TIERS = {"device": "device", "host": "host, new pages", "disk": "disk tier", "saved": "disk, the saved memory"}
-
-
+_TIERS = {"device": ("device",), "host": ("host", "saved"), "disk": ("disk",)}
+"""Tiers as shown, and their names in `Session.stats`: the snapshots that sessions go on from are in memory."""
 _SCORER = {"bundled": "its Memory Indexer", "native": "the model's own Lightning Indexer as Memory Indexer"}
 
 
@@ -31,8 +30,8 @@ def print_report(document: Document, comparison: Comparison, *, indexer: str) ->
     console.print(
         f"{len(document.ids):,} tokens read in {comparison.read_seconds:.0f} s, {count} questions asked under "
         f"{len(comparison.settings)} settings in {comparison.ask_seconds:.0f} s. {mirror['pages']} pages of "
-        f"{comparison.page_tokens} tokens, mirrored in host memory ({format_bytes(mirror['bytes'])}), were saved once "
-        f"and are opened for every question. LSA scores pages with {_SCORER[indexer]}."
+        f"{comparison.page_tokens} tokens, were mirrored in host memory ({format_bytes(mirror['bytes'])}); every "
+        f"answer goes on from there. LSA scores pages with {_SCORER[indexer]}."
     )
     for number, asked in enumerate(document.questions):
         console.print(Text(f"\n{number + 1}. {asked.kind}: {_cut(comparison.questions[number])}", style="bold"))
@@ -128,8 +127,8 @@ def _costs(document: Document, comparison: Comparison) -> Table:
     add("paper accounting, resident", lambda setting: _of_full(setting, "resident_bytes_paper", "full_bytes_paper"))
     add("all-in accounting, device", lambda setting: _of_full(setting, "device_bytes_all_in", "full_bytes_all_in"))
     table.add_section()
-    for tier, name in _TIERS.items():
-        add(f"tier: {name}", lambda setting, tier=tier: _tier(setting, tier))  # type: ignore[misc]
+    for tier in _TIERS:
+        add(f"{tier} tier", lambda setting, tier=tier: _tier(setting, tier))  # type: ignore[misc]
     return table
 
 
@@ -143,8 +142,9 @@ def _of_full(setting: Setting, name: str, full: str) -> str:
 
 
 def _tier(setting: Setting, tier: str) -> str:
-    held: Mapping[str, int] = max((reply.stats["tiers"][tier] for reply in setting.replies), key=lambda x: x["bytes"])
-    return f"{held['pages']}: {format_bytes(held['bytes'])}"
+    held = [[reply.stats["tiers"][name] for name in _TIERS[tier]] for reply in setting.replies]
+    pages, size = max((sum(part["pages"] for part in parts), sum(part["bytes"] for part in parts)) for parts in held)
+    return f"{pages} pages, {format_bytes(size)}"
 
 
 __all__ = ["as_json", "print_report"]

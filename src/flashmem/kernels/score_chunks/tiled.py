@@ -1,6 +1,12 @@
-"""The definition in matrix products over tiles, so that no tensor of all queries, heads and chunks exists."""
+"""The definition in matrix products over tiles, so that no tensor of all queries, heads and chunks exists.
+
+Neither forward nor backward keeps products: the backward computes every tile again.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -15,27 +21,51 @@ def score_chunks_tiled(
     q_BMHI: torch.Tensor, keys_BNC: torch.Tensor, w_BMH: torch.Tensor, *, element_budget: int | None = None
 ) -> torch.Tensor:
     budget = element_budget or ELEMENT_BUDGET.get(q_BMHI.device.type, ELEMENT_BUDGET["cuda"])
+    return _Tiled.apply(  # type: ignore[no-untyped-call]
+        q_BMHI, keys_BNC, w_BMH, budget
+    )
+
+
+class _Tiled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q_BMHI: torch.Tensor, keys_BNC: torch.Tensor, w_BMH: torch.Tensor, budget: int) -> Any:
+        ctx.save_for_backward(q_BMHI, keys_BNC, w_BMH)
+        ctx.budget = budget
+        logits_BMN = q_BMHI.new_empty(*q_BMHI.shape[:2], keys_BNC.shape[1], dtype=torch.float32)
+        for m, n in _tiles(q_BMHI, keys_BNC, budget):
+            dot_BmHn = dots(q_BMHI[:, m], float_keys(keys_BNC[:, n])).relu_()
+            logits_BMN[:, m, n] = (w_BMH[:, m].float().unsqueeze(2) @ dot_BmHn).squeeze(2)
+        return logits_BMN
+
+    @staticmethod
+    def backward(ctx: Any, grad_BMN: torch.Tensor) -> Any:
+        q_BMHI, keys_BNC, w_BMH = ctx.saved_tensors
+        dq, dw = torch.zeros_like(q_BMHI, dtype=torch.float32), torch.zeros_like(w_BMH, dtype=torch.float32)
+        dkeys = torch.zeros_like(keys_BNC, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        for m, n in _tiles(q_BMHI, keys_BNC, ctx.budget):
+            keys_BnI, grad_Bmn = float_keys(keys_BNC[:, n]), grad_BMN[:, m, n]
+            dot_BmHn = dots(q_BMHI[:, m], keys_BnI)
+            active = dot_BmHn > 0
+            dw[:, m] += (dot_BmHn.relu_() @ grad_Bmn.unsqueeze(-1)).squeeze(-1)
+            ddot_BmHn = torch.where(active, grad_Bmn.unsqueeze(2) * w_BMH[:, m].float().unsqueeze(-1), 0.0)
+            dq[:, m] += (ddot_BmHn.flatten(1, 2) @ keys_BnI).unflatten(1, ddot_BmHn.shape[1:3])
+            if dkeys is not None:
+                dkeys[:, n] += ddot_BmHn.flatten(1, 2).transpose(1, 2) @ q_BMHI[:, m].float().flatten(1, 2)
+        return dq.to(q_BMHI.dtype), None if dkeys is None else dkeys.to(keys_BNC.dtype), dw.to(w_BMH.dtype), None
+
+
+def _tiles(q_BMHI: torch.Tensor, keys_BNC: torch.Tensor, budget: int) -> Iterator[tuple[slice, slice]]:
     batch, queries, heads, _ = q_BMHI.shape
-    chunks = keys_BNC.shape[1]
     query_tile = max(1, min(queries, budget // max(1, batch * heads * LEAST_CHUNKS)))
     chunk_tile = max(1, budget // max(1, batch * heads * query_tile))
-    tiles_BMn = [
-        _score_keys(q_BMHI, _float_keys(keys_BNC[:, first : first + chunk_tile]), w_BMH, query_tile)
-        for first in range(0, chunks, chunk_tile)
-    ]
-    return torch.cat(tiles_BMn, dim=2) if tiles_BMn else q_BMHI.new_empty(batch, queries, 0, dtype=torch.float32)
+    for n in range(0, keys_BNC.shape[1], chunk_tile):
+        for m in range(0, queries, query_tile):
+            yield slice(m, m + query_tile), slice(n, n + chunk_tile)
 
 
-def _float_keys(keys_BnC: torch.Tensor) -> torch.Tensor:
+def dots(q_BmHI: torch.Tensor, keys_BnI: torch.Tensor) -> torch.Tensor:
+    return (q_BmHI.float().flatten(1, 2) @ keys_BnI.transpose(-1, -2)).unflatten(1, q_BmHI.shape[1:3])
+
+
+def float_keys(keys_BnC: torch.Tensor) -> torch.Tensor:
     return decode_index_rows(keys_BnC) if keys_BnC.dtype is torch.uint8 else keys_BnC.float()
-
-
-def _score_keys(q_BMHI: torch.Tensor, keys_BnI: torch.Tensor, w_BMH: torch.Tensor, query_tile: int) -> torch.Tensor:
-    keys_BIn = keys_BnI.transpose(1, 2)
-    parts_Bmn = []
-    for first in range(0, q_BMHI.shape[1], query_tile):
-        q_BmHI = q_BMHI[:, first : first + query_tile].float()
-        w_Bm1H = w_BMH[:, first : first + query_tile].float().unsqueeze(2)
-        dot_BmHn = (q_BmHI.flatten(1, 2) @ keys_BIn).unflatten(1, q_BmHI.shape[1:3]).relu_()
-        parts_Bmn.append((w_Bm1H @ dot_BmHn).squeeze(2))
-    return torch.cat(parts_Bmn, dim=1)
