@@ -14,7 +14,7 @@ import torch
 from . import accounting
 from .backbone import Backbone, StatePool, load_model
 from .backbone.steps import DecodeStep, PickObserver, PrefillStep
-from .config import LSAConfig
+from .config import LSAConfig, ModelDefaults
 from .indexer import MemoryIndexer
 from .kernels.kv_codec import KVFormatSpec
 from .lookahead import Cycle, SlotShare
@@ -115,8 +115,10 @@ class Engine:
 
         `device` is where the whole model goes (CUDA if there is one); `device_map` spreads layers instead.
         `model_arguments` go to transformers' `from_pretrained` (quantization_config, revision, max_memory, ...).
-        An `indexer/` folder in a local model directory is used where no indexer is given.
+        An `indexer/` folder in a local model directory is used where no indexer is given, and its `flashmem.json` where
+        no config is (`ModelDefaults`).
         """
+        config = config or ModelDefaults.of(model_dir).config()
         bundled = Path(model_dir) / "indexer"
         if indexer is None and bundled.is_dir():
             indexer = bundled
