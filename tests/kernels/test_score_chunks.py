@@ -113,6 +113,49 @@ def test_maximum_over_tokens_and_its_gradient(elements: int, some: bool, monkeyp
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
 
+def test_one_observed_token_is_its_own_maximum() -> None:
+    q, rows, w = draw(3, 1, 5, 8), encode_index_rows(draw(70, 8, seed=1)), draw(3, 1, 5, seed=2)
+    seen = torch.tensor([[True], [False], [True]])
+    best = score_chunks_max(q, rows, w, seen)
+    assert torch.equal(best[seen[:, 0]], score_chunks(q[:, 0], rows, w[:, 0])[seen[:, 0]])
+    assert bool((best[1] == -torch.inf).all())
+
+
+def test_maximum_over_many_chunks_of_few_tokens() -> None:
+    """Tiles of one token that are full, partly filled, and absent."""
+    q, keys, w = draw(2, 3, 4, 8), draw(400, 8, seed=1), draw(2, 3, 4, seed=2)
+    w[0, 1] = -w[0, 1].abs()  # a token that seldom wins
+    grads = []
+    for impl in ("reference", "tiled"):
+        tensors = [x.clone().requires_grad_() for x in (q, keys, w)]
+        (score_chunks_max(*tensors, impl=impl) * draw(2, 400, seed=3)).sum().backward()
+        grads.append([x.grad for x in tensors])
+    for one, other in zip(*grads, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("m", [1, 3])
+def test_autocast_rounds_products_and_nothing_else(m: int, device: str) -> None:
+    """Forward and backward round alike; large logits keep their float32 digits."""
+    q, w = draw(2, m, 16, 32).to(device), draw(2, m, 16, seed=2).to(device) + 30
+    rows = encode_index_rows(draw(300, 32, seed=1)).to(device)
+    upstream = draw(2, 300, seed=3).to(device)
+    results = []
+    for rounds in (False, True):
+        tensors = [x.clone().requires_grad_() for x in (q, w)]
+        with torch.autocast(device, dtype=torch.bfloat16, enabled=rounds):
+            best = score_chunks_max(tensors[0], rows, tensors[1])
+        (best * upstream).sum().backward()
+        results.append([best.detach(), *(x.grad for x in tensors)])
+    # bfloat16 keeps 8 bits, 4e-3; a product near zero may change sides, which only the gradient of q sees as a jump
+    for exact, rounded, limit in zip(*results, (8e-3, 4e-2, 8e-3), strict=True):
+        assert rounded.dtype is torch.float32
+        assert 0 < float((rounded - exact).norm() / exact.norm()) < limit
+    best = results[1][0]
+    assert not torch.equal(best, best.bfloat16().float())
+
+
 def test_maximum_of_nothing() -> None:
     assert score_chunks_max(draw(2, 3, 5, 8), torch.empty(0, 12, dtype=torch.uint8), draw(2, 3, 5)).shape == (2, 0)
     assert score_chunks_max(draw(0, 3, 5, 8), draw(4, 8), draw(0, 3, 5)).shape == (0, 4)

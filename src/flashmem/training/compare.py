@@ -223,8 +223,8 @@ def parse_weights(texts: Sequence[str]) -> dict[int, float]:
     return {int(csa): float(weight) for csa, _, weight in (text.partition("=") for text in texts)}
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What decides a comparison."""
     parser.add_argument("shards", type=Path)
     parser.add_argument("--indexer", action="append", default=[], metavar="NAME=PATH")
     parser.add_argument("--best", help="name whose differences to all others are shown")
@@ -232,14 +232,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--sink-pages", type=int, default=1)
     parser.add_argument("--recency-pages", type=int, default=2)
     parser.add_argument("--layer-weights", nargs="*", default=[], metavar="CSA=WEIGHT")
-    parser.add_argument("--out", type=Path, required=True)
-    args = parser.parse_args(argv)
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """The comparison that the arguments ask for. Raises ValueError for what they name wrongly."""
     shards = ShardReader(args.shards)
     rules = PageRules(
         page_chunks=args.page_chunks, sink_pages=args.sink_pages, recency_pages=args.recency_pages
     )  # fmt: skip
     setup = Setup(rules, shards.meta.tau, layer_weights=parse_weights(args.layer_weights))
-    result = compare(shards, parse_indexers(args.indexer), setup, best=args.best)
+    return compare(shards, parse_indexers(args.indexer), setup, best=args.best)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(parser)
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args(argv)
+    result = run(args)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(result, indent=1) + "\n")
     args.out.with_suffix(".md").write_text(markdown(result))

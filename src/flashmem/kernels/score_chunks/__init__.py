@@ -24,7 +24,8 @@ def score_chunks(q: torch.Tensor, keys: torch.Tensor, w: torch.Tensor, *, impl: 
     Keys are index rows, uint8 [N, I + 4], or floating point [N, I]; both in the basis of the queries (rows: Hadamard).
     With one more leading dimension on all three, each batch is scored against its own keys: [B, M, N].
     Differentiable with respect to q, w and float keys. Memory: one tile of products, whatever M and N, in the
-    backward too ('reference' keeps them all).
+    backward too ('reference' keeps them all). Under autocast to bfloat16 products are rounded to it, forward and
+    backward alike; logits and gradients are float32 sums.
     """
     if q.dim() == 3:
         return score_chunks(q.unsqueeze(0), keys.unsqueeze(0), w.unsqueeze(0), impl=impl).squeeze(0)
@@ -58,7 +59,10 @@ def score_chunks_max(
         logits_QmN = score_chunks(*queries, impl="reference").unflatten(0, q.shape[:2])
         return (logits_QmN if seen is None else logits_QmN.masked_fill(~seen.unsqueeze(-1), -torch.inf)).amax(1)
     if impl in (None, "tiled"):
-        return score_chunks_max_tiled(q, keys, w, seen)
+        if q.shape[1] > 1:
+            return score_chunks_max_tiled(q, keys, w, seen)
+        logits_QN = score_chunks(q[:, 0], keys, w[:, 0], impl=impl)
+        return logits_QN if seen is None else logits_QN.masked_fill(~seen, -torch.inf)
     raise ValueError(f"unknown impl {impl!r}; choose 'reference' or 'tiled'")
 
 
