@@ -17,7 +17,7 @@ import typer
 import flashmem
 
 from ..accounting.models import DEMO, shipped_model
-from ..config import LSAConfig
+from ..config import LSAConfig, check_sampling
 from .output import log
 from .sizes import parse_bytes
 
@@ -98,14 +98,14 @@ class EngineOptions:
             "disk_path": self.disk_path,
             "seed": self.seed,
         }
-        saved = {name: memory[name] for name in _IDENTITY} if memory is not None else {}
+        saved = {name: memory.get(name) for name in _IDENTITY} if memory is not None else {}
         return LSAConfig.from_mapping(saved | {name: value for name, value in given.items() if value is not None})
 
     def engine(self, memory: Mapping[str, Any] | None = None) -> flashmem.Engine:
         """Load the model. Raises ValueError, OSError or BudgetError for what cannot be."""
         config = self.config(memory)
         directory = str(shipped_model()) if self.model == DEMO else self.model
-        dtype = memory["dtype"] if memory is not None and self.dtype == "auto" else self.dtype
+        dtype = memory.get("dtype") if memory is not None and self.dtype == "auto" else self.dtype
         log(f"loading {self.model}")
         return flashmem.Engine.from_pretrained(
             directory,
@@ -124,6 +124,9 @@ class GenerateOptions:
     max_new_tokens: Annotated[int, typer.Option(help="Stop after this many tokens.")] = 256
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0
     top_p: Annotated[float, typer.Option(help="Sample from the likeliest tokens that hold this probability.")] = 1.0
+
+    def __post_init__(self) -> None:
+        check_sampling(max_new_tokens=self.max_new_tokens, temperature=self.temperature, top_p=self.top_p)
 
     def sampling(self, seed: int) -> dict[str, Any]:
         """Arguments of `Session.generate`."""
