@@ -1,4 +1,4 @@
-"""Random lives of sessions, against the stock model: thousands of steps of append, decode, select, evict, flip, save, open.
+"""Random lives of sessions, judged by the stock model: thousands of steps of append, decode, flip, evict, save, open.
 
 Every logit must be the stock model's with just the chunks visible that were resident in that step; unused device memory
 is NaN, and after every rule each resident page is compared with its home, byte by byte. With a policy that always wants
