@@ -356,12 +356,16 @@ class ModelDefaults:
 
     lsa: Mapping[str, Any] = field(default_factory=dict)
     """Settings of `LSAConfig`, by name, for whoever gives no others."""
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """Type to load the weights in where none is given; 'auto' is the checkpoint's own."""
     question: str = "{question}"
     """The form in which `flashmem ask` and `flashmem chat` put a question to this model."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.lsa, Mapping) or not isinstance(self.question, str):
             raise ValueError("lsa must be an object and question a text")
+        if self.dtype not in ("auto", "bfloat16", "float32"):
+            raise ValueError(f"dtype must be 'auto', 'bfloat16' or 'float32', got {self.dtype!r}")
         if wrong := sorted(self.lsa.keys() & set(_NOT_OF_A_MODEL)):
             raise ValueError(f"a model must not set {', '.join(wrong)}")
         if self.question.count("{question}") != 1:

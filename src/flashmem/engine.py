@@ -116,10 +116,12 @@ class Engine:
 
         `device` is where the whole model goes (CUDA if there is one); `device_map` spreads layers instead.
         `model_arguments` go to transformers' `from_pretrained` (quantization_config, revision, max_memory, ...).
-        An `indexer/` folder in a local model directory is used where no indexer is given, and its `flashmem.json` where
-        no config is (`ModelDefaults`).
+        An `indexer/` folder in a local model directory is used where no indexer is given, and its `flashmem.json`
+        (`ModelDefaults`) where no config is, or where dtype is "auto".
         """
-        config = config or ModelDefaults.of(model_dir).config()
+        defaults = ModelDefaults.of(model_dir)
+        config = config or defaults.config()
+        dtype = defaults.dtype if dtype == "auto" else dtype
         make_policy(config)  # before a big model is loaded for nothing
         bundled = Path(model_dir) / "indexer"
         if indexer is None and bundled.is_dir():
@@ -133,10 +135,10 @@ class Engine:
 
     @classmethod
     def demo(cls, *, config: LSAConfig | None = None, device: str | torch.device | None = None) -> Engine:
-        """Load the small model that flashmem ships (docs/models/demo.md), in float32, on the CPU by default."""
+        """Load the small model that flashmem ships (docs/models/demo.md), on the CPU by default."""
         directory = accounting.shipped_model()
         assert directory is not None, "the package lacks its model"
-        return cls.from_pretrained(directory, config=config, device=device or "cpu", dtype=torch.float32)
+        return cls.from_pretrained(directory, config=config, device=device or "cpu")
 
     def session(self) -> Session:
         """Open an empty session; raises BudgetError's base where `max_sessions` are open under a device budget."""
