@@ -379,10 +379,7 @@ class ModelDefaults:
         """
         dropped = {"keep"} if "threshold" in given and "keep" not in given else set()
         own = {name: value for name, value in self.lsa.items() if name not in dropped}
-        try:
-            return LSAConfig.from_mapping(own | given)
-        except TypeError as error:  # a text where a number belongs
-            raise ValueError(f"a setting has the wrong type: {error}") from error
+        return LSAConfig.from_mapping(own | given)
 
     def ask(self, question: str) -> str:
         """A question in the model's form."""
