@@ -51,7 +51,7 @@ def test_a_question_is_put_in_the_models_form() -> None:
         ({"lsa": []}, "lsa must be an object"),
         ({"lsa": {"kept": 0.1}}, "unknown options: kept"),
         ({"lsa": {"keep": 2}}, r"keep must lie in \(0, 1\]"),
-        ({"lsa": {"page_chunks": "16"}}, "wrong type"),
+        ({"lsa": {"page_chunks": "16"}}, "page_chunks must be an integer"),
         ({"lsa": {"disk_path": "/"}}, "must not set disk_path"),
         ({"lsa": {"device_budget_bytes": 1}}, "must not set device_budget_bytes"),
         ({"dtype": "float16"}, "dtype must be"),
