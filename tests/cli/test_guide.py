@@ -40,7 +40,7 @@ def test_every_command_of_the_guide_prints_what_stands_there(
         if expected is not None:
             asked += 1
             assert result.stdout == re.sub(r"^> .*\n", "", expected, flags=re.MULTILINE)
-    assert asked == 4
+    assert asked == 5
 
 
 def in_a_shell(commands: str) -> None:
