@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import flashmem
 from flashmem.accounting import shipped_model
@@ -50,9 +51,10 @@ def test_a_question_is_put_in_the_models_form() -> None:
         ({"lsa": []}, "lsa must be an object"),
         ({"lsa": {"kept": 0.1}}, "unknown options: kept"),
         ({"lsa": {"keep": 2}}, r"keep must lie in \(0, 1\]"),
-        ({"lsa": {"page_chunks": "16"}}, "wrong type"),
+        ({"lsa": {"page_chunks": "16"}}, "page_chunks must be an integer"),
         ({"lsa": {"disk_path": "/"}}, "must not set disk_path"),
         ({"lsa": {"device_budget_bytes": 1}}, "must not set device_budget_bytes"),
+        ({"dtype": "float16"}, "dtype must be"),
         ({"question": "Q:"}, "once, got 'Q:'"),
         ({"question": 1}, "question a text"),
     ],
@@ -71,9 +73,13 @@ def test_a_file_that_is_no_json_is_refused(tmp_path: Path) -> None:
 
 def test_an_engine_takes_them_where_no_config_is_given(tmp_path: Path) -> None:
     random_model("WCHC").save_pretrained(tmp_path)
-    write(tmp_path, {"lsa": {"keep": 0.25, "page_chunks": 4}})
+    write(tmp_path, {"lsa": {"keep": 0.25, "page_chunks": 4}, "dtype": "bfloat16"})
     engine = flashmem.Engine.from_pretrained(tmp_path, device="cpu")
     assert (engine.config.keep, engine.layout.page_chunks) == (0.25, 4)
+    assert engine.backbone.dtype is torch.bfloat16
+    engine.close()
+    engine = flashmem.Engine.from_pretrained(tmp_path, device="cpu", dtype="float32")
+    assert engine.backbone.dtype is torch.float32
     engine.close()
     engine = flashmem.Engine.from_pretrained(tmp_path, device="cpu", config=LSAConfig(policy="all"))
     assert engine.config == LSAConfig(policy="all")

@@ -69,6 +69,7 @@ def test_chat_puts_every_line_in_the_models_form(run: Run, model: Path, book: Pa
 def test_inspect_shows_them(run: Run, model: Path) -> None:
     values = json.loads(run("inspect", model, "--json").stdout)
     assert (values["lsa_defaults"], values["question_form"]) == (DEFAULTS["lsa"], DEFAULTS["question"])
+    assert values["dtype_default"] == "auto"
     assert r"'\nQ: {question}\nA:'" in run("inspect", model).stdout
 
 

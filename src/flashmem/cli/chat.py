@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -37,17 +37,24 @@ def run(
     with engine.engine().session() if memory is None else open_session(memory, engine) as session:
         log(_HELP)
         while (line := _next_line()) is not None and line != "/quit":
-            if line == "/stats":
-                log(residency(session.stats()))
-            elif line.startswith("/save "):
-                _save(session, line.removeprefix("/save ").strip())
-            elif line.startswith("/"):
-                log(_HELP)
-            elif line:
-                prompt = line if raw else engine.defaults().ask(line)
-                for piece in text.stream(session, prompt, **generate.sampling(engine.seed)):
-                    typer.echo(piece, nl=False)
-                typer.echo()
+            prompt = line if raw else engine.defaults().ask(line)
+            try:
+                _turn(session, line, prompt, generate.sampling(engine.seed))
+            except (ValueError, OSError, flashmem.FlashmemError) as error:  # the conversation so far is worth keeping
+                log(f"flashmem: {error}")
+
+
+def _turn(session: flashmem.Session, line: str, prompt: str, sampling: dict[str, Any]) -> None:
+    if line == "/stats":
+        log(residency(session.stats()))
+    elif line.startswith("/save "):
+        _save(session, line.removeprefix("/save ").strip())
+    elif line.startswith("/"):
+        log(_HELP)
+    elif line:
+        for piece in text.stream(session, prompt, **sampling):
+            typer.echo(piece, nl=False)
+        typer.echo()
 
 
 def _next_line() -> str | None:

@@ -102,6 +102,7 @@ def _model(path: Path) -> dict[str, Any]:
         "weight_bytes": sum(file.stat().st_size for file in folder.glob("*.safetensors")),
         "bundled_indexer": (folder / "indexer").is_dir(),
         "lsa_defaults": dict(defaults.lsa),
+        "dtype_default": defaults.dtype,
         "question_form": defaults.question,
     }
 

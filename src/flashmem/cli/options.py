@@ -18,7 +18,7 @@ import typer
 import flashmem
 
 from ..accounting.models import DEMO, shipped_model
-from ..config import LSAConfig, ModelDefaults
+from ..config import LSAConfig, ModelDefaults, check_sampling
 from .output import log
 from .sizes import parse_bytes
 
@@ -104,7 +104,7 @@ class EngineOptions:
             "disk_path": self.disk_path,
             "seed": self.seed,
         }
-        saved = {name: memory[name] for name in _IDENTITY} if memory is not None else {}
+        saved = {name: memory.get(name) for name in _IDENTITY} if memory is not None else {}
         return self.defaults().config(**saved | {name: value for name, value in given.items() if value is not None})
 
     def defaults(self) -> ModelDefaults:
@@ -118,7 +118,7 @@ class EngineOptions:
     def engine(self, memory: Mapping[str, Any] | None = None) -> flashmem.Engine:
         """Load the model. Raises ValueError, OSError or BudgetError for what cannot be."""
         config = self.config(memory)
-        dtype = memory["dtype"] if memory is not None and self.dtype == "auto" else self.dtype
+        dtype: Any = memory.get("dtype") if memory is not None and self.dtype == "auto" else self.dtype
         log(f"loading {self.model}")
         return flashmem.Engine.from_pretrained(
             self.directory,
@@ -137,6 +137,9 @@ class GenerateOptions:
     max_new_tokens: Annotated[int, typer.Option(help="Stop after this many tokens.")] = 256
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0
     top_p: Annotated[float, typer.Option(help="Sample from the likeliest tokens that hold this probability.")] = 1.0
+
+    def __post_init__(self) -> None:
+        check_sampling(max_new_tokens=self.max_new_tokens, temperature=self.temperature, top_p=self.top_p)
 
     def sampling(self, seed: int) -> dict[str, Any]:
         """Arguments of `Session.generate`."""

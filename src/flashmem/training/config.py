@@ -18,7 +18,7 @@ TARGETS = ("mass", "vote", "evidence")
 class TrainConfig:
     """A run: what is learnt, from which labels, how long. `published` gives the recipe of the published code."""
 
-    losses: Mapping[str, float] = field(default_factory=lambda: {"page-kl": 1.0, "chunk-kl": 0.3, "budget": 0.3})
+    losses: Mapping[str, float] = field(default_factory=lambda: {"page-kl": 1.0, "chunk-kl": 0.3})
     """Loss -> weight. `bce`, `focal` and `pairwise` are the published ones; see `losses`."""
     target: Mapping[str, float] = field(default_factory=lambda: {"mass": 1.0})
     """Label -> weight in the soft target. The published losses take every chunk with any weight as positive."""
@@ -44,7 +44,7 @@ class TrainConfig:
     """Range of the share of pages that the budget loss draws from."""
     budget_width: float = 0.5
     """Logits over which the budget loss counts a page as partly in."""
-    learning_rate: float = 5e-4
+    learning_rate: float = 1e-3
     weight_decay: float = 0.01
     warmup: float = 0.05
     """Share of the steps."""

@@ -54,8 +54,8 @@ def make_document(model: Path, context_tokens: int, seed: int) -> Document:
         for state in tasks.FAMILIES.values():
             state(draw)
     length = context_tokens + sum(question.size for question in asked.values())
-    corpus = encode_prose(length, lexicon.tokenizer, seed)
-    row = tasks.compose(draw, corpus, length, list(asked.values()))
+    text = encode_prose(length, lexicon.tokenizer, seed)
+    row = tasks.compose(draw, text, length, list(asked.values()))
     questions = tuple(
         Asked(
             kind=kind,
