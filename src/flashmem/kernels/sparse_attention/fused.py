@@ -153,18 +153,25 @@ def _check_rope(spec: KVFormatSpec) -> None:
 
 
 @triton.jit
-def _load_entries(
+def _load_exact(
+    data, live, channels, FORM: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr
+):  # fmt: skip
+    """Entries [keys, channels] in their own type; zeros where not live."""
+    inside = live[:, None]
+    if HEAD_DIM != BLOCK_DIM:
+        inside = inside & (channels < HEAD_DIM)[None, :]
+    return tl.load(row_pointers(data, channels, FORM.dtype, FORM.alignment), mask=inside, other=0.0)
+
+
+@triton.jit
+def _load_fp8(
     data, tail, live, channels, FORM: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
 ):  # fmt: skip
-    """Decoded entries [keys, channels]: float32 from fp8, else in their own type; zeros where not live."""
-    inside = live[:, None]
-    if FORM.dtype != tl.float8e4nv:
-        if HEAD_DIM != BLOCK_DIM:
-            inside = inside & (channels < HEAD_DIM)[None, :]
-        return tl.load(row_pointers(data, channels, FORM.dtype, FORM.alignment), mask=inside, other=0.0)
+    """Decoded fp8 entries [keys, channels], float32; zeros where not live."""
     PLAIN: tl.constexpr = HEAD_DIM - FORM.rope_dim
     BLOCKS: tl.constexpr = BLOCK_DIM // SCALE_BLOCK
+    inside = live[:, None]
     values = tl.load(
         row_pointers(data, channels, FORM.dtype, FORM.alignment), mask=inside & (channels < PLAIN)[None, :], other=0.0
     ).to(tl.float32)
@@ -191,34 +198,46 @@ def _load_entries(
 
 
 @triton.jit
-def _attend_source(
-    q, peak, total, acc, base, numbers_ptr, picks_ptr, count, first, last, scale, channels,
-    FORM: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_KEYS: tl.constexpr,
-    STAGES: tl.constexpr,
+def _find_block(
+    block, base, numbers_ptr, picks_ptr, count, FORM: tl.constexpr, BLOCK_KEYS: tl.constexpr
 ):  # fmt: skip
-    """Take the key blocks first..last-1 of one source into a running softmax (base 2)."""
-    for block in tl.range(first, last, num_stages=STAGES):
-        rows = block * BLOCK_KEYS + tl.arange(0, BLOCK_KEYS)
-        live = rows < count
-        if FORM.picks:
-            rows = tl.load(picks_ptr + rows, mask=live, other=-1)
-            live = rows >= 0
-            rows = tl.maximum(rows, 0)
-        data, tail = row_starts(
-            base, rows, live, numbers_ptr, FORM.table, FORM.page_chunks, FORM.page_stride, FORM.data_bytes,
-            FORM.tail_bytes,
-        )  # fmt: skip
-        kv = _load_entries(data, tail, live, channels, FORM, HEAD_DIM, BLOCK_DIM, BLOCK_KEYS).to(q.dtype)
-        logits = tl.dot(q, tl.trans(kv), input_precision="ieee") * scale
-        logits = tl.where(live[None, :], logits, float("-inf"))
-        higher = tl.maximum(peak, tl.max(logits, axis=1))
-        shift = tl.where(higher == float("-inf"), 0.0, higher)
-        weights = tl.exp2(logits - shift[:, None])
-        fade = tl.exp2(peak - shift)
-        total = total * fade + tl.sum(weights, axis=1)
-        acc = tl.dot(weights.to(q.dtype), kv, acc * fade[:, None], input_precision="ieee")
-        peak = higher
-    return peak, total, acc
+    """Where the data and tails of one block of a source lie, and which of its entries there are."""
+    rows = block * BLOCK_KEYS + tl.arange(0, BLOCK_KEYS)
+    live = rows < count
+    if FORM.picks:
+        picks = tl.load(picks_ptr + rows, mask=live, other=-1)
+        live = picks >= 0
+        rows = tl.maximum(picks, 0).to(tl.int32)
+    data, tail = row_starts(
+        base, rows, live, numbers_ptr, FORM.table, FORM.page_chunks, FORM.page_stride, FORM.data_bytes, FORM.tail_bytes
+    )
+    return data, tail, live
+
+
+@triton.jit
+def _load_block(
+    data, tail, live, channels, FORM: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
+    BLOCK_KEYS: tl.constexpr,
+):  # fmt: skip
+    if FORM.dtype == tl.float8e4nv:
+        kv = _load_fp8(data, tail, live, channels, FORM, HEAD_DIM, BLOCK_DIM, BLOCK_KEYS)
+    else:
+        kv = _load_exact(data, live, channels, FORM, HEAD_DIM, BLOCK_DIM)
+    return kv
+
+
+@triton.jit
+def _find_either(
+    block, blocks1, base1, numbers1_ptr, picks1_ptr, count1, base2, numbers2_ptr, picks2_ptr, count2,
+    FIRST: tl.constexpr, SECOND: tl.constexpr, BLOCK_KEYS: tl.constexpr,
+):  # fmt: skip
+    if SECOND is None:
+        data, tail, live = _find_block(block, base1, numbers1_ptr, picks1_ptr, count1, FIRST, BLOCK_KEYS)
+    elif block < blocks1:
+        data, tail, live = _find_block(block, base1, numbers1_ptr, picks1_ptr, count1, FIRST, BLOCK_KEYS)
+    else:
+        data, tail, live = _find_block(block - blocks1, base2, numbers2_ptr, picks2_ptr, count2, SECOND, BLOCK_KEYS)
+    return data, tail, live
 
 
 @triton.jit
@@ -251,24 +270,45 @@ def _attend_kernel(
     count1 = _num_rows(counts1_ptr, b, picks_width1, FIRST)
     blocks1 = tl.cdiv(count1, BLOCK_KEYS)
     blocks2 = 0
+    count2 = 0
     if SECOND is not None:
         count2 = _num_rows(counts2_ptr, b, picks_width2, SECOND)
         blocks2 = tl.cdiv(count2, BLOCK_KEYS)
     each = tl.cdiv(blocks1 + blocks2, SHARES)
-    begin = share * each
-    end = begin + each
-    peak, total, acc = _attend_source(
-        q, peak, total, acc, tl.load(addresses1_ptr + b), numbers1_ptr + b * table_width1,
-        picks1_ptr + b * picks_width1, count1, tl.minimum(begin, blocks1), tl.minimum(end, blocks1), scale, channels,
-        FIRST, HEAD_DIM, BLOCK_DIM, BLOCK_KEYS, STAGES,
+    base1 = tl.load(addresses1_ptr + b)
+    base2 = tl.load(addresses2_ptr + b)
+    numbers1_ptr += b * table_width1
+    numbers2_ptr += b * table_width2
+    picks1_ptr += b * picks_width1
+    picks2_ptr += b * picks_width2
+    end = tl.minimum((share + 1) * each, blocks1 + blocks2)
+    data, tail, live = _find_either(
+        share * each, blocks1, base1, numbers1_ptr, picks1_ptr, count1, base2, numbers2_ptr, picks2_ptr, count2,
+        FIRST, SECOND, BLOCK_KEYS,
     )  # fmt: skip
-    if SECOND is not None:
-        peak, total, acc = _attend_source(
-            q, peak, total, acc, tl.load(addresses2_ptr + b), numbers2_ptr + b * table_width2,
-            picks2_ptr + b * picks_width2, count2, tl.maximum(begin - blocks1, 0),
-            tl.minimum(tl.maximum(end - blocks1, 0), blocks2), scale, channels,
-            SECOND, HEAD_DIM, BLOCK_DIM, BLOCK_KEYS, STAGES,
+    # one loop over the blocks of both sources: a loop for each would keep two layouts of the sums alive
+    for block in tl.range(share * each, end):
+        if SECOND is None:
+            kv = _load_block(data, tail, live, channels, FIRST, HEAD_DIM, BLOCK_DIM, BLOCK_KEYS).to(q.dtype)
+        elif block < blocks1:
+            kv = _load_block(data, tail, live, channels, FIRST, HEAD_DIM, BLOCK_DIM, BLOCK_KEYS).to(q.dtype)
+        else:
+            kv = _load_block(data, tail, live, channels, SECOND, HEAD_DIM, BLOCK_DIM, BLOCK_KEYS).to(q.dtype)
+        here = live
+        # the way to an entry is two loads deep: take it for the next block while this one is multiplied
+        data, tail, live = _find_either(
+            block + 1, blocks1, base1, numbers1_ptr, picks1_ptr, count1, base2, numbers2_ptr, picks2_ptr, count2,
+            FIRST, SECOND, BLOCK_KEYS,
         )  # fmt: skip
+        logits = tl.dot(q, tl.trans(kv), input_precision="ieee") * scale
+        logits = tl.where(here[None, :], logits, float("-inf"))
+        higher = tl.maximum(peak, tl.max(logits, axis=1))
+        shift = tl.where(higher == float("-inf"), 0.0, higher)
+        weights = tl.exp2(logits - shift[:, None])
+        fade = tl.exp2(peak - shift)
+        total = total * fade + tl.sum(weights, axis=1)
+        acc = tl.dot(weights.to(q.dtype), kv, acc * fade[:, None], input_precision="ieee")
+        peak = higher
     if SHARES == 1:
         sink = tl.load(sinks_ptr + heads, mask=heads < HEADS, other=0.0).to(tl.float32) * LOG2_E
         top = tl.maximum(peak, sink)
