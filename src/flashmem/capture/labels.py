@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 
@@ -14,10 +15,16 @@ from .format import Csr
 from .prompts import Evidence
 
 
-def sample_queries(
-    turns: Sequence[tuple[int, int]], tau: int, count: int, seed: int, rid: str
-) -> list[tuple[int, int]]:
-    """At most `count` queries, ascending, as (position, end): each has a token after it, and its labels stop at end.
+class Query(NamedTuple):
+    """A position whose next token belongs to the answer [start, end)."""
+
+    position: int
+    start: int
+    end: int
+
+
+def sample_queries(turns: Sequence[tuple[int, int]], tau: int, count: int, seed: int, rid: str) -> list[Query]:
+    """At most `count` queries, ascending, in turns that do not overlap.
 
     A turn is an answer's tokens [start, end). Level 1 runs at start - 1 and every tau tokens from there; these come
     first, the beginnings of turns before all. What is left of `count` is drawn among the turns' other tokens, by seed
@@ -26,24 +33,25 @@ def sample_queries(
     digest = hashlib.sha256(f"{seed} {rid}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
-    def draw(candidates: Sequence[tuple[int, int]], wanted: int) -> list[tuple[int, int]]:
+    def draw(candidates: Sequence[Query], wanted: int) -> list[Query]:
         if wanted >= len(candidates) and wanted:
             return list(candidates)
         order = torch.randperm(len(candidates), generator=generator)[:wanted]
         return [candidates[i] for i in order.tolist()]
 
-    turns = [(start - 1, end) for start, end in turns if start < end]
-    boundaries = [(p, end) for first, end in turns for p in range(first + tau, end - 1, tau)]
-    others = [(p, end) for first, end in turns for p in range(first + 1, end - 1) if (p - first) % tau]
-    chosen: list[tuple[int, int]] = []
-    for candidates in ([(first, end) for first, end in turns], boundaries, others):
+    every = [[Query(p, start, end) for p in range(start - 1, end - 1)] for start, end in turns if start < end]
+    beginnings = [turn[0] for turn in every]
+    boundaries = [query for turn in every for query in turn[tau::tau]]
+    others = [query for turn in every for offset, query in enumerate(turn) if offset % tau]
+    chosen: list[Query] = []
+    for candidates in (beginnings, boundaries, others):
         chosen += draw(candidates, count - len(chosen))
     return sorted(chosen)
 
 
-def windows(queries: Iterable[tuple[int, int]], first: int, tau: int) -> list[slice]:
+def windows(queries: Iterable[Query], first: int, tau: int) -> list[slice]:
     """Decoded tokens, counted from `first` + 1, that each query's labels look at: tau after it, within its turn."""
-    return [slice(position - first, min(position + tau, end - 1) - first) for position, end in queries]
+    return [slice(query.position - first, min(query.position + tau, query.end - 1) - first) for query in queries]
 
 
 def sum_windows(
@@ -87,14 +95,14 @@ def vote_windows(tokens: Sequence[tuple[torch.Tensor, ...]], spans: Sequence[sli
 
 def evidence_rows(
     evidence: Sequence[Evidence],
-    queries: Sequence[tuple[int, int]],
+    queries: Sequence[Query],
     tau: int,
     ratio: int,
     num_chunks: Sequence[int],
 ) -> Csr:
     """Chunks that hold tokens of the evidence that each query's window needs."""
     rows = []
-    for (position, end), visible in zip(queries, num_chunks, strict=True):
+    for (position, _, end), visible in zip(queries, num_chunks, strict=True):
         seen, last = torch.zeros(visible), min(position + tau, end - 1)
         for item in evidence:
             if item.answer is None or (item.answer[0] <= last and item.answer[1] > position + 1):
@@ -104,4 +112,4 @@ def evidence_rows(
     return Csr.from_rows(rows)
 
 
-__all__ = ["evidence_rows", "sample_queries", "sum_windows", "vote_windows", "votes", "windows"]
+__all__ = ["Query", "evidence_rows", "sample_queries", "sum_windows", "vote_windows", "votes", "windows"]

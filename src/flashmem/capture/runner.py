@@ -255,7 +255,7 @@ class Recording:
         config, g, steps = self.config, self.engine.geometry, len(self.steps)
         turns = self.prompt.turns or ((self.first + 1, self.first + 1 + steps),)
         queries = sample_queries(turns, config.tau, config.queries, config.seed, self.prompt.rid)
-        positions = [position for position, _ in queries]
+        positions = [query.position for query in queries]
         spans = windows(queries, self.first, config.tau)
         num_chunks = [(position + 1) // g.csa_ratio for position in positions]
         picked = [_padded([getattr(step, name) for step in self.steps], fill) for name, fill in _STEP_FILL.items()]
@@ -272,6 +272,7 @@ class Recording:
             positions=torch.tensor(positions),
             num_chunks=torch.tensor(num_chunks),
             observed=observed,
+            turns=torch.tensor([[query.start, query.end] for query in queries]),
             hidden=hidden,
             rows={
                 csa: self.session.pages.index_rows(g.csa_layers[csa]).cpu() for csa in self.engine.indexer.target_layers

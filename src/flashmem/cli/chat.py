@@ -12,7 +12,7 @@ import flashmem
 
 from . import text
 from .ask import open_session, residency
-from .options import EngineOptions, GenerateOptions, with_options
+from .options import EngineOptions, GenerateOptions, Raw, with_options
 from .output import log, stderr
 
 _HELP = "/stats shows what is on the device, /save PATH writes a memory, /quit or end of input ends"
@@ -26,8 +26,11 @@ def run(
     engine: EngineOptions,
     generate: GenerateOptions,
     memory: Annotated[Path | None, typer.Argument(help="A memory to start from.")] = None,
+    raw: Raw = False,
 ) -> None:
     """Talk in turns, line by line, over a memory or from nothing; every turn stays in the session.
+
+    Where the model has a form of asking, each line is put in that form.
 
     Example: `flashmem chat book.mem`
     """
@@ -41,7 +44,8 @@ def run(
             elif line.startswith("/"):
                 log(_HELP)
             elif line:
-                for piece in text.stream(session, line, **generate.sampling(engine.seed)):
+                prompt = line if raw else engine.defaults().ask(line)
+                for piece in text.stream(session, prompt, **generate.sampling(engine.seed)):
                     typer.echo(piece, nl=False)
                 typer.echo()
 
