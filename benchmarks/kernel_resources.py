@@ -93,7 +93,9 @@ def resources(kernel: Any) -> dict[str, int]:
         "stack_bytes": stack,
         "shared_bytes": shared,
         "warps": warps,
-        "programs_per_multiprocessor": min(65536 // (32 * warps * max(1, -(-registers // 8) * 8)), 227 * 1024 // (shared + 1024)),
+        "programs_per_multiprocessor": min(
+            65536 // (32 * warps * max(1, -(-registers // 8) * 8)), 227 * 1024 // (shared + 1024)
+        ),
         "instructions": len(names),
         **counts,
         "most_common": dict(Counter(op.split(".")[0] for op in names).most_common(8)),  # type: ignore[dict-item]
@@ -108,7 +110,10 @@ def variants() -> Iterator[tuple[str, Callable[[], object]]]:
             yield f"score pages {precision} {_label(tiles)}", _score(case, precision, tiles)
     rows = ScoreCase(262_144, 8, planar=False)
     for precision in ("fp8", "fp16"):
-        yield f"score pages {precision} interleaved rows", _score(rows, precision, kernel_cases.SCORE_TILES[precision][0])
+        yield (
+            f"score pages {precision} interleaved rows",
+            _score(rows, precision, kernel_cases.SCORE_TILES[precision][0]),
+        )
     for precision, all_tiles in kernel_cases.SCORE_TILES.items():
         for tiles in all_tiles:
             if tiles.run == 8:
@@ -151,7 +156,10 @@ def _topk(count: int, ordered: bool) -> object:
 
 
 def _pages() -> object:
-    scores, (num_pages, least, most) = torch.empty(8, 4096, device=META), torch.empty(3, 8, dtype=torch.int32, device=META)
+    scores, (num_pages, least, most) = (
+        torch.empty(8, 4096, device=META),
+        torch.empty(3, 8, dtype=torch.int32, device=META),
+    )
     above = torch.empty_like(scores, dtype=torch.int32)
     return select_pages(scores, num_pages, least, most, sink=1, recency=8, above_BP=above, impl="fused")
 
@@ -185,7 +193,9 @@ def main() -> int:
                     f"{name:60} {kernel:16} registers {row['registers']:3} stack {row['stack_bytes']:4} "
                     f"shared {row['shared_bytes']:6} programs {row['programs_per_multiprocessor']}"
                 )
-    common.write_result(args.out, "kernel_resources", {"triton": triton.__version__, "target": "sm_90", "rows": rows}, started)
+    common.write_result(
+        args.out, "kernel_resources", {"triton": triton.__version__, "target": "sm_90", "rows": rows}, started
+    )
     return 0
 
 

@@ -44,7 +44,7 @@ def seeds() -> None:
 
 @pytest.fixture(scope="session")
 def triton_device() -> torch.device:
-    """Where Triton kernels run: a CUDA device, or else the CPU, interpreted (float32 only: its bf16 product is wrong)."""
+    """Where Triton kernels run: a CUDA device, or else the CPU, interpreted (its bf16 products are wrong)."""
     pytest.importorskip("triton")
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 

@@ -69,9 +69,7 @@ def test_it_selects_what_the_budget_policy_selects(impl: str, triton_device: tor
     assert view.logits_N is not None
     scores = page_scores(view.logits_N, view.page_chunks, view.num_pages)[None].to(triton_device)
     room = int32(policy.room(view), device=triton_device)
-    found = select_pages(
-        scores, int32(40, device=triton_device), room, room, sink=1, recency=2, impl=impl
-    )
+    found = select_pages(scores, int32(40, device=triton_device), room, room, sink=1, recency=2, impl=impl)
     assert tuple(found.pages_BP[0, : int(found.counts_B[0])].tolist()) == policy.select(view).pages
 
 

@@ -1,7 +1,7 @@
 """Rows of many sessions where they lie in device memory, so that kernels read them in place.
 
-Shape letters: L = layers, B = sessions, P = pages of the longest page table, R = pages of a region, C = chunks per page,
-N = rows of the longest session, E = bytes of a row.
+Shape letters: L = layers, B = sessions, P = pages of the longest page table, R = pages of a region,
+C = chunks per page, N = rows of the longest session, E = bytes of a row.
 """
 
 from __future__ import annotations
@@ -66,8 +66,8 @@ class PagedRows:
         self.counts_B = counts_B
         addresses = [[region.data_ptr() for region in layer] for layer in self.regions]
         self.addresses_LB = _to_device(torch.tensor(addresses, dtype=torch.int64), first.device)
-        steps = (self.page_stride, form.data_bytes, form.page_chunks * form.data_bytes, *sum(addresses, []))
-        self.alignment = math.gcd(WIDEST_LOAD, *steps)
+        steps = (self.page_stride, form.data_bytes, form.page_chunks * form.data_bytes)
+        self.alignment = math.gcd(WIDEST_LOAD, *steps, *(address for layer in addresses for address in layer))
 
     @property
     def num_layers(self) -> int:

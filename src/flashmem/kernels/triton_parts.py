@@ -38,7 +38,7 @@ def row_starts(
 
 @triton.jit
 def row_pointers(starts, channels, DTYPE: tl.constexpr, ALIGNMENT: tl.constexpr):
-    """Pointers to the channels of rows that start at byte addresses `starts`; they tell how far loads can be widened."""
+    """Pointers to the channels of rows that start at byte addresses `starts`, with what widens their loads."""
     pointers = starts.to(tl.pointer_type(DTYPE))[:, None] + channels[None, :]
     return tl.max_contiguous(tl.multiple_of(pointers, (1, ALIGNMENT)), (1, channels.shape[0]))
 

@@ -77,7 +77,12 @@ def score_chunks(
 
 
 def score_chunks_max(
-    q: torch.Tensor, keys: torch.Tensor, w: torch.Tensor, seen: torch.Tensor | None = None, *, impl: TensorImpl | None = None
+    q: torch.Tensor,
+    keys: torch.Tensor,
+    w: torch.Tensor,
+    seen: torch.Tensor | None = None,
+    *,
+    impl: TensorImpl | None = None,
 ) -> torch.Tensor:
     """Return float32 [Q, N]: the largest logit over the m observed tokens of each query.
 
@@ -180,7 +185,9 @@ def decode_paged_keys(keys: PagedRows, layer: int, channels: int) -> torch.Tenso
     if keys.form.tail_bytes:
         return decode_index_rows(rows_BNE)
     dtype = _EXACT[keys.form.data_bytes // channels]
-    return rows_BNE.view(dtype) if rows_BNE.numel() else rows_BNE.new_empty((*rows_BNE.shape[:2], channels), dtype=dtype)
+    return (
+        rows_BNE.view(dtype) if rows_BNE.numel() else rows_BNE.new_empty((*rows_BNE.shape[:2], channels), dtype=dtype)
+    )
 
 
 def _score_chunks_fused(
@@ -221,7 +228,9 @@ def _check(q: torch.Tensor, keys: torch.Tensor, w: torch.Tensor) -> None:
 
 def _check_history(q_LBMHI: torch.Tensor, w_LBMH: torch.Tensor, keys: PagedRows, merge: str) -> None:
     if q_LBMHI.dim() != 5 or w_LBMH.shape != q_LBMHI.shape[:4]:
-        raise ValueError(f"q must be [L, B, M, H, I] and w [L, B, M, H], got {tuple(q_LBMHI.shape)}, {tuple(w_LBMH.shape)}")
+        raise ValueError(
+            f"q must be [L, B, M, H, I] and w [L, B, M, H], got {tuple(q_LBMHI.shape)}, {tuple(w_LBMH.shape)}"
+        )
     if q_LBMHI.shape[:2] != (keys.num_layers, keys.batch) or not q_LBMHI.shape[2]:
         raise ValueError(
             f"queries {tuple(q_LBMHI.shape)} do not fit keys of {keys.num_layers} layers and {keys.batch} sessions"

@@ -113,7 +113,9 @@ def score_page_reductions(
 def default_tiles(heads: int, wide: bool, keys: PagedRows, page_chunks: int) -> Tiles:
     """Tiles that fill the device with programs, each as long as that allows."""
     chunks = min(64 if wide else 128, ACCUMULATORS // max(64, triton.next_power_of_2(heads)))
-    programs = 4 * torch.cuda.get_device_properties(keys.device).multi_processor_count if keys.device.type == "cuda" else 1
+    programs = (
+        4 * torch.cuda.get_device_properties(keys.device).multi_processor_count if keys.device.type == "cuda" else 1
+    )
     run = 16
     while run > 1 and keys.batch * triton.cdiv(keys.max_rows, run * chunks) < programs:
         run //= 2
@@ -294,4 +296,12 @@ def _score_kernel(
         tl.store(above_ptr + at, above, mask=page < width)
 
 
-__all__ = ["Precision", "Tiles", "default_tiles", "prepare_queries", "score_logits", "score_page_reductions", "score_ranks"]
+__all__ = [
+    "Precision",
+    "Tiles",
+    "default_tiles",
+    "prepare_queries",
+    "score_logits",
+    "score_page_reductions",
+    "score_ranks",
+]

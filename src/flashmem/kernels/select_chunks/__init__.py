@@ -64,7 +64,7 @@ def select_resident(
     precision: Precision | None = None,
     impl: Impl | None = None,
 ) -> torch.Tensor:
-    """Level 2 over rows that are read in place: indices int64 [B, min(k, N)] of the best rows, -1 where there are fewer.
+    """Level 2 over rows that are read in place: int64 [B, min(k, N)] indices of the best, -1 where there are fewer.
 
     An index counts a session's rows in the order of its page table; equal scores are ordered by lower index, which is
     the lower chunk id as long as page tables ascend. Best first, or with ordered=False ascending. `keys` has one layer.

@@ -44,19 +44,19 @@ def select_pages(
     (`above_BP`, int32: chunks above it; those pages go first), at least `least_B`, at most `most_B`. A fixed budget is
     least_B = most_B without `above_BP`. Scores past a session's pages are ignored.
     """
-    batch, pages = scores_BP.shape
+    batch = len(scores_BP)
     for name, x in (("num_pages_B", num_pages_B), ("least_B", least_B), ("most_B", most_B)):
         if x.shape != (batch,) or x.dtype is not torch.int32:
             raise ValueError(f"{name} must be int32 [{batch}], got {x.dtype} {tuple(x.shape)}")
     if above_BP is not None and (above_BP.shape != scores_BP.shape or above_BP.dtype is not torch.int32):
-        raise ValueError(f"above_BP must be int32 {tuple(scores_BP.shape)}, got {above_BP.dtype} {tuple(above_BP.shape)}")
+        raise ValueError(
+            f"above_BP must be int32 {tuple(scores_BP.shape)}, got {above_BP.dtype} {tuple(above_BP.shape)}"
+        )
     if sink < 0 or recency < 0:
         raise ValueError(f"sink and recency must not be negative, got {sink} and {recency}")
     impl = impl or "reference"
     if impl == "reference":
-        return PagePicks(
-            *select_pages_reference(scores_BP, num_pages_B, least_B, most_B, sink, recency, above_BP)
-        )
+        return PagePicks(*select_pages_reference(scores_BP, num_pages_B, least_B, most_B, sink, recency, above_BP))
     if impl == "fused":
         from .fused import select_pages_fused  # needs triton
 

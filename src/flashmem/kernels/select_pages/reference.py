@@ -22,7 +22,7 @@ def select_pages_reference(
         scores = scores_BP[b].tolist()
         hit = [False] * num_pages if above_BP is None else [count > 0 for count in above_BP[b].tolist()]
         eligible = [page for page in range(num_pages) if page not in always]
-        ranked = sorted(eligible, key=lambda page: (not hit[page], -scores[page], page))  # noqa: B023
+        ranked = sorted(eligible, key=lambda page: (not hit[page], -scores[page], page))
         above_B[b] = sum(hit[page] for page in eligible)
         wanted = min(max(int(above_B[b]), int(least_B[b])), int(most_B[b]))
         kept = sorted(always | set(ranked[:wanted]))

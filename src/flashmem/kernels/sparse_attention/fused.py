@@ -18,7 +18,6 @@ import triton
 import triton.language as tl
 
 from ..kv_codec import KVFormatSpec
-from ..paged import PagedRows
 from ..triton_parts import row_pointers, row_starts
 
 if TYPE_CHECKING:
@@ -288,9 +287,9 @@ def _attend_kernel(
     )  # fmt: skip
     # one loop over the blocks of both sources: a loop for each would keep two layouts of the sums alive
     for block in tl.range(share * each, end):
-        if SECOND is None:
+        if SECOND is None:  # a branch that only the compiler sees
             kv = _load_block(data, tail, live, channels, FIRST, HEAD_DIM, BLOCK_DIM, BLOCK_KEYS).to(q.dtype)
-        elif block < blocks1:
+        elif block < blocks1:  # noqa: SIM114
             kv = _load_block(data, tail, live, channels, FIRST, HEAD_DIM, BLOCK_DIM, BLOCK_KEYS).to(q.dtype)
         else:
             kv = _load_block(data, tail, live, channels, SECOND, HEAD_DIM, BLOCK_DIM, BLOCK_KEYS).to(q.dtype)
