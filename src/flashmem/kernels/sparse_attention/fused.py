@@ -289,7 +289,7 @@ def _attend_kernel(
     for block in tl.range(share * each, end):
         if SECOND is None:  # a branch that only the compiler sees
             kv = _load_block(data, tail, live, channels, FIRST, HEAD_DIM, BLOCK_DIM, BLOCK_KEYS).to(q.dtype)
-        elif block < blocks1:  # noqa: SIM114
+        elif block < blocks1:
             kv = _load_block(data, tail, live, channels, FIRST, HEAD_DIM, BLOCK_DIM, BLOCK_KEYS).to(q.dtype)
         else:
             kv = _load_block(data, tail, live, channels, SECOND, HEAD_DIM, BLOCK_DIM, BLOCK_KEYS).to(q.dtype)
