@@ -1,6 +1,7 @@
 """Every setting, frozen and validated on construction. Imports nothing from the package.
 
-`ModelGeometry` is what flashmem needs to know of a DeepSeek-V4 model; `LSAConfig` is what a user may choose.
+`ModelGeometry` is what flashmem needs to know of a DeepSeek-V4 model; `LSAConfig` is what a user may choose, and
+`ModelDefaults` what a model directory chooses where the user does not.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Literal
@@ -342,11 +343,72 @@ def check_sampling(*, max_new_tokens: int = 1, temperature: float = 0.0, top_p: 
         raise ValueError(f"seed must fit into 64 bits, got {seed}")
 
 
+MODEL_DEFAULTS = "flashmem.json"
+_NOT_OF_A_MODEL = (
+    "device_budget_bytes", "max_sessions", "host_budget_bytes", "disk_budget_bytes", "disk_path", "seed",
+)  # fmt: skip
+"""What belongs to a machine or a run: a directory from elsewhere must not choose where we write."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelDefaults:
+    """What a model directory says about its use: an optional `flashmem.json` beside `config.json`."""
+
+    lsa: Mapping[str, Any] = field(default_factory=dict)
+    """Settings of `LSAConfig`, by name, for whoever gives no others."""
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """Type to load the weights in where none is given; 'auto' is the checkpoint's own."""
+    question: str = "{question}"
+    """The form in which `flashmem ask` and `flashmem chat` put a question to this model."""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.lsa, Mapping) or not isinstance(self.question, str):
+            raise ValueError("lsa must be an object and question a text")
+        if self.dtype not in ("auto", "bfloat16", "float32"):
+            raise ValueError(f"dtype must be 'auto', 'bfloat16' or 'float32', got {self.dtype!r}")
+        if wrong := sorted(self.lsa.keys() & set(_NOT_OF_A_MODEL)):
+            raise ValueError(f"a model must not set {', '.join(wrong)}")
+        if self.question.count("{question}") != 1:
+            raise ValueError(f"question must hold {{question}} once, got {self.question!r}")
+        self.config()
+
+    def config(self, **given: Any) -> LSAConfig:
+        """The given settings and, for what is not given, the model's. Raises ValueError for unknown or bad ones.
+
+        A given threshold asks for the threshold rule: the model's `keep` is no part of it.
+        """
+        dropped = {"keep"} if "threshold" in given and "keep" not in given else set()
+        own = {name: value for name, value in self.lsa.items() if name not in dropped}
+        return LSAConfig.from_mapping(own | given)
+
+    def ask(self, question: str) -> str:
+        """A question in the model's form."""
+        return self.question.replace("{question}", question)
+
+    @classmethod
+    def of(cls, model: str | Path) -> ModelDefaults:
+        """Read a local model directory's file; defaults of our own where there is none, or the model is a hub name."""
+        path = Path(model) / MODEL_DEFAULTS
+        if not path.is_file():
+            return cls()
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(values, dict):
+                raise ValueError("it holds no JSON object")
+            if unknown := sorted(values.keys() - {item.name for item in fields(cls)}):
+                raise ValueError(f"unknown entries {', '.join(unknown)}")
+            return cls(**values)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+
+
 __all__ = [
+    "MODEL_DEFAULTS",
     "PUBLISHED_TARGETS",
     "KVFormat",
     "LSAConfig",
     "LayerKind",
+    "ModelDefaults",
     "ModelGeometry",
     "RopeConfig",
     "check_sampling",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,14 +14,14 @@ import torch
 from . import accounting
 from .backbone import Backbone, StatePool, load_model
 from .backbone.steps import DecodeStep, PickObserver, PrefillStep
-from .config import LSAConfig, ModelGeometry, check_sampling
+from .config import LSAConfig, ModelDefaults, ModelGeometry, check_sampling
 from .indexer import MemoryIndexer
 from .kernels.kv_codec import KVFormatSpec
 from .lookahead import Cycle, SlotShare
 from .memory import SavedMemory, open_memory, save_memory
 from .policy import make_policy
 from .store import PageStore, RecordLayout
-from .types import DamagedError, FlashmemError
+from .types import DamagedError, FlashmemError, Policy
 
 _FORMAT_OF_DTYPE: dict[torch.dtype, Literal["fp32", "bf16"]] = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 _SELECTING = (
@@ -67,14 +68,9 @@ class Engine:
             raise ValueError(f"the indexer reads CSA index {targets[-1]}, the model has {len(g.csa_layers)} CSA layers")
         self.scorers: dict[str, MemoryIndexer] = {}
         if indexer is None or self.policy.scorer == "native" or config.rescue:
-            self.scorers["native"] = MemoryIndexer.native(model, layers=targets)
-        self.indexer = indexer if indexer is not None else self.scorers["native"]
+            self.scorers["native"] = self._placed(MemoryIndexer.native(model, layers=targets))
+        self.indexer = self.scorers["native"] if indexer is None else self._placed(indexer)
         self.scorers["memory"] = self.indexer
-        for scorer in self.scorers.values():
-            _check_indexer(scorer, backbone)
-            scorer.eval()
-            for csa, part in scorer.layers.items():
-                part.to(backbone.device_of_layer[g.csa_layers[csa]])
         target_layers = tuple(g.csa_layers[csa] for csa in targets)
         self.layout = RecordLayout(
             g, page_chunks=config.page_chunks, kv_format=kv_format, target_layers=target_layers,
@@ -96,6 +92,14 @@ class Engine:
         self._batch: tuple[tuple[Session, ...], Any] | None = None
         self._fingerprint: str | None = None
 
+    def _placed(self, scorer: MemoryIndexer) -> MemoryIndexer:
+        """The scorer, each part beside its layer."""
+        _check_indexer(scorer, self.backbone)
+        scorer.eval()
+        for csa, part in scorer.layers.items():
+            part.to(self.backbone.device_of_layer[self.geometry.csa_layers[csa]])
+        return scorer
+
     @classmethod
     def from_pretrained(
         cls,
@@ -112,9 +116,13 @@ class Engine:
 
         `device` is where the whole model goes (CUDA if there is one); `device_map` spreads layers instead.
         `model_arguments` go to transformers' `from_pretrained` (quantization_config, revision, max_memory, ...).
-        An `indexer/` folder in a local model directory is used where no indexer is given.
+        An `indexer/` folder in a local model directory is used where no indexer is given, and its `flashmem.json`
+        (`ModelDefaults`) where no config is, or where dtype is "auto".
         """
-        make_policy(config or LSAConfig())  # before a big model is loaded for nothing
+        defaults = ModelDefaults.of(model_dir)
+        config = config or defaults.config()
+        dtype = defaults.dtype if dtype == "auto" else dtype
+        make_policy(config)  # before a big model is loaded for nothing
         bundled = Path(model_dir) / "indexer"
         if indexer is None and bundled.is_dir():
             indexer = bundled
@@ -127,10 +135,10 @@ class Engine:
 
     @classmethod
     def demo(cls, *, config: LSAConfig | None = None, device: str | torch.device | None = None) -> Engine:
-        """Load the small model that flashmem ships (docs/models/demo.md), in float32, on the CPU by default."""
+        """Load the small model that flashmem ships (docs/models/demo.md), on the CPU by default."""
         directory = accounting.shipped_model()
         assert directory is not None, "the package lacks its model"
-        return cls.from_pretrained(directory, config=config, device=device or "cpu", dtype=torch.float32)
+        return cls.from_pretrained(directory, config=config, device=device or "cpu")
 
     def session(self) -> Session:
         """Open an empty session; raises BudgetError's base where `max_sessions` are open under a device budget."""
@@ -143,12 +151,27 @@ class Engine:
     def open(self, path: str | Path) -> Session:
         """Open a saved memory as a session; raises DamagedError or ValueError where it is damaged or does not fit."""
         memory = open_memory(path)
-        for name, wanted in self._identity().items():
+        for name, wanted in self.identity().items():
             if (found := memory.session.get(name)) != wanted:
                 raise DamagedError(f"{path} was made with {name} {found!r}; this engine has {wanted!r}")
         session = self.session()
         try:
             session._load(memory)
+        except BaseException:
+            session.close()
+            raise
+        return session
+
+    def resume(self, snapshot: SavedMemory, *, policy: Policy | None = None, rescue: bool | None = None) -> Session:
+        """A new session that goes on from a snapshot of one of this engine's sessions.
+
+        A policy, or a choice about rescue, is this session's own from now on; level 1 then selects at once.
+        """
+        session, own = self.session(), policy is not None or rescue is not None
+        try:
+            if own:
+                session._choose(policy, rescue)
+            session._load(snapshot, select=own)
         except BaseException:
             session.close()
             raise
@@ -238,7 +261,7 @@ class Engine:
         for session in self.sessions:
             session.check()
 
-    def _identity(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, Any]:
         """What a memory and an engine must have in common."""
         return {
             "dtype": str(self.backbone.dtype).removeprefix("torch."),  # first: it changes the fingerprint too
@@ -407,20 +430,16 @@ class Session:
     def save(self, path: str | Path) -> None:
         """Write a memory directory, atomically replacing an older one; `Engine.open` continues from it."""
         self._check_open()
-        layers = self.engine.layout.target_layers
-        state = self.state.export() | {f"index_rows.{layer}": self.pages.index_rows(layer).cpu() for layer in layers}
-        state["ids"] = torch.tensor(self.ids, dtype=torch.int64)
-        if self.next_logits is not None:
-            state["next_logits"] = self.next_logits.cpu()
-        session = self.engine._identity() | {
-            "position": self.state.position,
-            "num_chunks": self.pages.num_chunks,
-            "policy": self.engine.policy.name,
-            "settings": self._settings(),
-            "cycle": self.cycle.export(),
-        }
+        session, state = self._export()
         records = (record for _, record in self.pages.export_pages())
         save_memory(path, session, state, records, self.pages.num_pages, self.engine.layout.record_bytes)
+
+    def snapshot(self) -> SavedMemory:
+        """This session as it is now, in memory, for `Engine.resume`; pages of an opened memory are shared with it."""
+        self._check_open()
+        session, state = self._export()
+        state = {name: tensor.clone() for name, tensor in state.items()}  # index rows are views where all is on a CPU
+        return SavedMemory(session, state, self.pages.snapshot())
 
     def close(self) -> None:
         """Free this session's bytes in every tier."""
@@ -508,8 +527,33 @@ class Session:
         if self.engine is not engine:
             raise ValueError("the session belongs to another engine")
 
+    def _export(self) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        """What a memory holds beside its pages: JSON values and CPU tensors."""
+        layers = self.engine.layout.target_layers
+        state = self.state.export() | {f"index_rows.{layer}": self.pages.index_rows(layer).cpu() for layer in layers}
+        state["ids"] = torch.tensor(self.ids, dtype=torch.int64)
+        if self.next_logits is not None:
+            state["next_logits"] = self.next_logits.cpu()
+        return self.engine.identity() | {
+            "position": self.state.position,
+            "num_chunks": self.pages.num_chunks,
+            "policy": self.cycle.policy.name,
+            "settings": self._settings(),
+            "cycle": self.cycle.export(),
+        }, state
+
+    def _choose(self, policy: Policy | None, rescue: bool | None) -> None:
+        """Select by another policy from now on."""
+        engine, cycle = self.engine, self.cycle
+        cycle.policy = policy or cycle.policy
+        if rescue is not None:
+            cycle.config = replace(cycle.config, rescue=rescue)
+        if (cycle.policy.scorer == "native" or cycle.config.rescue) and "native" not in engine.scorers:
+            native = MemoryIndexer.native(engine.backbone.model, layers=engine.indexer.target_layers)
+            engine.scorers["native"] = engine._placed(native)
+
     @torch.no_grad()
-    def _load(self, memory: SavedMemory) -> None:
+    def _load(self, memory: SavedMemory, *, select: bool = False) -> None:
         values, state = memory.session, memory.state
         self._check_saved(values, state)
         rows = {layer: state[f"index_rows.{layer}"] for layer in self.engine.layout.target_layers}
@@ -518,7 +562,7 @@ class Session:
         self.ids = state["ids"].tolist()
         if "next_logits" in state:
             self.next_logits = state["next_logits"].to(self.engine.backbone.input_device)
-        self.cycle.load(values["cycle"], same_settings=values["settings"] == self._settings())
+        self.cycle.load(values["cycle"], same_settings=not select and values["settings"] == self._settings())
 
     def _check_saved(self, values: Mapping[str, Any], state: Mapping[str, torch.Tensor]) -> None:
         """Raise DamagedError where a memory's parts do not belong together."""
@@ -542,7 +586,7 @@ class Session:
     def _settings(self) -> dict[str, Any]:
         """What decides about a session's next selection, as JSON values."""
         config = self.engine.config
-        return {"policy": self.engine.policy.name} | {name: getattr(config, name) for name in _SELECTING}
+        return {"policy": self.cycle.policy.name} | {name: getattr(config, name) for name in _SELECTING}
 
 
 def _resolve_format(config: LSAConfig, dtype: torch.dtype) -> Any:

@@ -27,7 +27,7 @@ import safetensors
 import torch
 from safetensors.torch import load, save
 
-from .store import MappedRecords
+from .store import MappedRecords, Records
 from .types import DamagedError
 
 FORMAT = "flashmem-memory"
@@ -41,11 +41,11 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class SavedMemory:
-    """An opened memory: its manifest's `session` values, its state tensors and its mapped pages."""
+    """An opened memory, or a session's snapshot: the manifest's `session` values, state tensors and pages."""
 
     session: Mapping[str, Any]
     state: Mapping[str, torch.Tensor]
-    records: MappedRecords
+    records: Records
 
 
 def save_memory(

@@ -202,10 +202,3 @@ class TestInspect:
             result = run("inspect", path)
             assert result.exit_code == 2
             assert message in result.stderr.replace("\n", " ")
-
-
-def test_demo(run: Run) -> None:
-    result = run("demo", "--context", "200", "--keep", "0.5", "--json")
-    assert result.exit_code == 0, result.stderr
-    values = json.loads(result.stdout)
-    assert values["tokens_equal_to_transformers"] == values["new_tokens"] == values["restored_tokens_equal"]

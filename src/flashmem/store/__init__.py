@@ -8,6 +8,7 @@ from .disk import DiskTier, MappedRecords
 from .history import History
 from .host import HostMirror
 from .layout import RecordLayout, RecordPart, Region
+from .records import Records
 from .tiered import PageStore, SessionPages
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "PageStore",
     "RecordLayout",
     "RecordPart",
+    "Records",
     "Region",
     "SessionPages",
 ]

@@ -56,6 +56,41 @@ class Records:
         self.slabs.append(slab)
 
 
+class StackedRecords(Records):
+    """The first `count` records of a source that never changes, followed by records of its own."""
+
+    def __init__(self, record_bytes: int, base: Records | None, count: int, more: torch.Tensor) -> None:
+        super().__init__(record_bytes)
+        self._base, self._count, self._more = base, count, Records(record_bytes)
+        if len(more):
+            self._more._append_slab(more)
+
+    @property
+    def num_records(self) -> int:
+        return self._count + self._more.num_records
+
+    def row(self, record: int) -> torch.Tensor:
+        source, first = self._source(record < self._count)
+        return source.row(record - first)
+
+    def read(self, region: Region, records_N: torch.Tensor, offsets_N: torch.Tensor | None = None) -> torch.Tensor:
+        below_N = records_N < self._count
+        pieces = []
+        for below in below_N.unique().tolist() or [False]:
+            source, first = self._source(below)
+            at = (below_N == below).nonzero().squeeze(1)
+            offsets = None if offsets_N is None else offsets_N[at]
+            pieces.append((at, source.read(region, records_N[at] - first, offsets)))
+        return merge_rows(pieces)
+
+    def _source(self, below: bool) -> tuple[Records, int]:
+        """Where a record is, and the number of its first record here."""
+        if not below:
+            return self._more, self._count
+        assert self._base is not None
+        return self._base, 0
+
+
 class RecordStore(Records):
     """Records that can be taken and given back within a budget; subclasses say where new bytes come from."""
 
@@ -148,4 +183,4 @@ def to_device(indices: torch.Tensor, device: torch.device) -> torch.Tensor:
     return indices  # "cpu" and "cpu:1" are one place, although torch would copy
 
 
-__all__ = ["RecordStore", "Records", "merge_rows", "read_rows", "to_device"]
+__all__ = ["RecordStore", "Records", "StackedRecords", "merge_rows", "read_rows", "to_device"]

@@ -22,11 +22,11 @@ from flashmem.types import BudgetError, TierBytes, Traffic, check_sorted_unique
 
 from .batch import DecodeBatch
 from .device import DevicePool, Ticket
-from .disk import DiskTier, MappedRecords
+from .disk import DiskTier
 from .history import History
 from .host import HostMirror
 from .layout import RecordLayout
-from .records import Records, RecordStore, to_device
+from .records import Records, RecordStore, StackedRecords, to_device
 
 HOST, DISK, SAVED = 0, 1, 2
 _TIER_NAMES = ("host", "disk", "saved")
@@ -206,7 +206,7 @@ class SessionPages:
         self.traffic = Traffic()
         self._slots: list[int] = []  # by page, reserved pages included; -1 is not resident
         self._homes: list[Home | None] = []  # by page; also of pages that the reserved chunks will complete
-        self._saved: MappedRecords | None = None
+        self._saved: Records | None = None
         self._pending: _Prefetch | None = None
         self._tables: PageTables | None = None
         self._resident: tuple[tuple[int, int], tuple[int, ...]] | None = None
@@ -398,21 +398,31 @@ class SessionPages:
 
     # ---- saving and opening
 
-    def export_pages(self) -> Iterator[tuple[int, torch.Tensor]]:
-        """Every page, the one being filled included, as (page, record uint8 [record_bytes] on the CPU).
+    def export_pages(self, first: int = 0) -> Iterator[tuple[int, torch.Tensor]]:
+        """Pages from `first` on, the one being filled included, as (page, record uint8 [record_bytes] on the CPU).
 
         The record may be a view: read it before the next one is asked for.
         """
         self._check_usable()
-        for page in range(self.num_pages):
+        for page in range(first, self.num_pages):
             if page < self._complete:
                 self.store.pool.wait_host(self.store.pool.copied_out)
                 yield page, self._home_record(page)
             else:
                 yield page, self.store.pool.record_to_cpu(self._slots[page])
 
-    def import_saved(self, mapped: MappedRecords, num_chunks: int, index_rows: Mapping[int, torch.Tensor]) -> None:
-        """Open a saved memory in this empty session: complete pages stay in the file and are read from there.
+    def snapshot(self) -> Records:
+        """Every page as it is now. Pages of an opened memory are shared with it, all others are copied."""
+        shared = 0
+        while shared < self._complete and self._homes[shared] == Home(SAVED, shared):
+            shared += 1
+        rows = [record.clone() for _, record in self.export_pages(shared)]
+        size = self.store.layout.record_bytes
+        more = torch.stack(rows) if rows else torch.empty(0, size, dtype=torch.uint8)
+        return StackedRecords(size, self._saved, shared, more)
+
+    def import_saved(self, mapped: Records, num_chunks: int, index_rows: Mapping[int, torch.Tensor]) -> None:
+        """Open a saved memory in this empty session: complete pages stay where they are and are read from there.
 
         `index_rows` has uint8 [num_chunks, I + 4] per target layer. The page being filled goes to a slot at once.
         Raises ValueError, BudgetError or DamagedError before anything changes.
@@ -425,7 +435,7 @@ class SessionPages:
         if mapped.record_bytes != layout.record_bytes or mapped.num_records != num_pages:
             raise ValueError(
                 f"{num_pages} records of {layout.record_bytes:,} bytes expected, "
-                f"{mapped.path} has {mapped.num_records} of {mapped.record_bytes:,}"
+                f"the memory has {mapped.num_records} of {mapped.record_bytes:,}"
             )
         for layer in layout.target_layers:
             expected = (num_chunks, layout.index_row_bytes)

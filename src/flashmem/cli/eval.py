@@ -1,0 +1,168 @@
+"""`flashmem eval`: freeze questions, put them under every policy, and report."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from .errors import ReportingGroup
+from .options import EngineOptions, Json, with_options
+from .output import answer, answer_json, log, stderr
+from .sizes import parse_tokens
+
+if TYPE_CHECKING:
+    from ..evaluation.runner import Progress as Tell
+
+_STANDARD = (
+    "full,lsa,lsa+rescue,recency@match,random@match,carry-over@match,native@match,oracle@match,recency-tail,random-10%"
+)
+
+app = typer.Typer(cls=ReportingGroup, help="Compare policies on the same questions, at the same bytes.")
+
+
+def add_command(parent: typer.Typer) -> None:
+    app.command("gen")(generate)
+    app.command("run")(with_options(run))
+    app.command("report")(report)
+    parent.add_typer(app, name="eval")
+
+
+def generate(
+    suite: Annotated[str, typer.Argument(help="mini-table1.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Directory of the items; must be new or empty.")],
+    lengths: Annotated[str, typer.Option(help="Tokens of the documents, e.g. 16K,64K.")] = "16K",
+    n: Annotated[int, typer.Option(help="Items per task and length.")] = 100,
+    seed: Annotated[int, typer.Option(help="Another seed, other documents and questions.")] = 0,
+    tasks: Annotated[str | None, typer.Option(help="Tasks of the suite, with commas.", show_default="all")] = None,
+    per_document: Annotated[
+        int | None, typer.Option(help="Questions per task and document.", show_default="the task's")
+    ] = None,
+    corpus: Annotated[
+        Path | None,
+        typer.Option(help="Folder made by flashmem.training.backbone.corpus.", show_default="RULER's noise sentences"),
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Freeze documents and questions with their checksums.
+
+    Example: `flashmem eval gen mini-table1 -o items --lengths 16K,64K --n 100`
+    """
+    from ..accounting.models import shipped_model
+    from ..evaluation import write_items
+    from ..evaluation.suites import mini
+    from ..training.backbone.tasks import Lexicon
+
+    if suite != mini.SUITE:
+        raise ValueError(f"unknown suite {suite!r}; known are {mini.SUITE}")
+    lexicon = Lexicon.load(shipped_model())
+    text, told = mini.filler(corpus, lexicon)
+    names = tuple(mini.TASKS) if tasks is None else tuple(tasks.split(","))
+    wanted = [parse_tokens(length) for length in lengths.split(",")]
+    items = mini.generate(lexicon, text, wanted, n=n, seed=seed, names=names, per_document=per_document, made=told)
+    written = write_items(output, items)
+    values = {"documents": len(written.documents), "items": len(written.items), "sha256": written.sha256}
+    if json:
+        answer_json(values)
+    else:
+        answer(f"{output}: {values['items']} items about {values['documents']} documents, sha256 {written.sha256[:16]}")
+
+
+def run(
+    items: Annotated[Path, typer.Argument(help="Directory made by `flashmem eval gen`.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Directory of the results; goes on with what is there.")
+    ],
+    engine: EngineOptions,
+    policies: Annotated[str, typer.Option(help="Policies to compare, with commas.")] = _STANDARD,
+    seeds: Annotated[int, typer.Option(help="Seeds of random policies.")] = 3,
+    batch: Annotated[int, typer.Option(help="Questions of one document that are decoded together.")] = 16,
+    limit: Annotated[int | None, typer.Option(help="Items per task and length.", show_default="all")] = None,
+    memories: Annotated[
+        Path | None, typer.Option(help="Keep documents that were read here.", show_default="not kept")
+    ] = None,
+    shard: Annotated[
+        str, typer.Option(help="i/n: every n-th document from the i-th on; auto asks accelerate.")
+    ] = "0/1",
+    json: Json = False,
+) -> None:
+    """Answer every question under every policy. An interrupted run goes on where it was.
+
+    Example: `flashmem eval run items -o results --keep 0.1 --page-chunks 16 --dtype float32`
+    """
+    from ..evaluation import RunConfig, parse_policies, read_items, run_items
+
+    config = RunConfig(
+        batch=batch, limit=limit, memories=None if memories is None else str(memories), shard=parse_shard(shard)
+    )  # fmt: skip
+    contenders = parse_policies(policies.split(","), seeds=seeds)
+    asked = read_items(items)
+    loaded = engine.engine()
+    with _progress() as tell:
+        path = run_items(loaded, asked, contenders, output, config, progress=tell)
+    if json:
+        answer_json({"samples": str(path)})
+    else:
+        log(f"samples in {path}")
+
+
+def report(
+    results: Annotated[Path, typer.Argument(help="Directory of `flashmem eval run`.")],
+    margin: Annotated[
+        float, typer.Option(help="Points of accuracy that non-inferior may lie below, as a share.")
+    ] = 0.02,
+    floor: Annotated[
+        float | None,
+        typer.Option(help="Full attention below this fails; such rows are greyed.", show_default="the suite's"),
+    ] = None,
+    pictures: Annotated[bool, typer.Option(help="Draw pictures; needs matplotlib.")] = True,
+    json: Json = False,
+) -> None:
+    """Write metrics.json, table.md, report.html, pictures and kvpress directories beside the samples.
+
+    Example: `flashmem eval report results`
+    """
+    from ..evaluation.report import write_report
+    from ..evaluation.table import tables
+
+    metrics = write_report(results, margin=margin, floor=floor, pictures=pictures)
+    if json:
+        answer_json(metrics)
+    else:
+        answer(tables(metrics)[0].markdown())
+        log(f"written: metrics.json, table.md, report.html and kvpress/ in {results}")
+
+
+def parse_shard(text: str) -> tuple[int, int]:
+    """'1/4' is (1, 4); 'auto' is this process among those that accelerate started."""
+    if text == "auto":
+        from accelerate import PartialState  # initialises distributed state: only when asked for
+
+        state = PartialState()
+        return state.process_index, state.num_processes
+    index, slash, count = text.partition("/")
+    if not (slash and index.isdecimal() and count.isdecimal()):
+        raise ValueError(f"shard {text!r} is neither i/n nor auto")
+    return int(index), int(count)
+
+
+@contextmanager
+def _progress() -> Iterator[Tell]:
+    """Two bars on stderr: questions answered, and tokens of the document that is being read."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=stderr) as bars:
+        tasks: dict[str, TaskID] = {"items": bars.add_task("questions", total=None)}
+
+        def tell(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bars.add_task("reading tokens", total=total)
+            bars.update(tasks[what], completed=done, total=total)
+
+        yield tell
+
+
+__all__ = ["add_command", "parse_shard"]

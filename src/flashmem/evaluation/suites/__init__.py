@@ -1,0 +1,1 @@
+"""What can be asked: each module gives documents, prompts, references and the name of a scorer."""
