@@ -50,7 +50,7 @@ def stream(session: flashmem.Session, prompt: str, **sampling: Any) -> Iterator[
 
 
 def spoken(pieces: Iterable[str]) -> Iterator[str]:
-    """The pieces of an answer without the white space before it: the space that ends "Answer:" belongs to the prompt."""
+    """The pieces of an answer without the white space before it, which a terminal need not show."""
     begun = False
     for piece in pieces:
         shown = piece if begun else piece.lstrip()
