@@ -62,7 +62,8 @@ def run(
     trainer = Trainer(reader, begin, made, output, cpu=cpu)
     if resume:
         trainer.resume()
-        log(f"resumed at step {trainer.step} of {trainer.total_steps}")
+        if trainer.accelerator.is_main_process:
+            log(f"resumed at step {trainer.step} of {trainer.total_steps}")
     elif (output / LOG).exists():
         raise ValueError(f"{output} holds a run already; resume it with --resume or choose another directory")
     last: dict[str, Any] = {}
@@ -73,6 +74,8 @@ def run(
         log(f"step {row['step']} of {trainer.total_steps}: loss {row['loss']:.4f}, {pace}")
 
     trainer.train(on_row=tell)
+    if not trainer.accelerator.is_main_process:
+        return
     result = {"indexer": str(output / INDEXER), "steps": trainer.step, "loss": last.get("loss"),
               "fingerprint": trainer.indexer.fingerprint()}  # fmt: skip
     if json:
