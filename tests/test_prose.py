@@ -12,7 +12,9 @@ import pytest
 
 from flashmem import prose
 from flashmem.accounting import shipped_model
+from flashmem.training.backbone.batches import Source
 from flashmem.training.backbone.corpus import encode_prose
+from flashmem.training.backbone.gates import document
 from flashmem.training.backbone.tokenizer import load_tokenizer
 
 
@@ -76,6 +78,15 @@ def test_a_corpus_of_prose_is_its_text() -> None:
     assert np.all(np.diff(corpus.sentences) > 0)
     first, second = (corpus.tokens[corpus.sentences[i] : corpus.sentences[i + 1]].tolist() for i in (0, 1))
     assert [tokenizer.decode(first), tokenizer.decode(second)] == list(islice(prose.sentences(1), 2))
+
+
+def test_documents_of_the_gates_can_be_made_of_prose() -> None:
+    source = Source.prose(shipped_model(), 3000)
+    row = document("multikey", source, 2048, "seed")
+    assert len(row.ids) == 2048 and row.answers[0].family == "number"
+    text = source.lexicon.tokenizer.decode(row.ids.tolist())
+    assert text.count("One of the special magic numbers") == 4
+    assert sum(sentence in text for sentence in islice(prose.sentences(0), 500)) > 50  # from some sentence on
 
 
 def test_prose_needs_neither_model_nor_tensors() -> None:
