@@ -13,6 +13,7 @@ import torch
 
 from cli.conftest import Run
 from flashmem.indexer import MemoryIndexer
+from flashmem.training.config import TrainConfig
 from flashmem.training.loop import Trainer
 from support.learnable_shards import write_shards
 
@@ -39,7 +40,7 @@ def test_train_writes_an_indexer_and_a_log(run: Run, shards: Path, tmp_path: Pat
     assert "step 6 of 6: loss" in result.stderr
     rows = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert rows[-1]["loss"] == values["loss"]
-    assert set(rows[-1]) == {"step", "loss", "page-kl", "chunk-kl", "norm", "rate", "seconds_per_step"}
+    assert set(rows[-1]) == {"step", "loss", *TrainConfig().losses, "norm", "rate", "seconds_per_step"}
 
 
 def test_settings_come_from_file_recipe_and_command(run: Run, shards: Path, tmp_path: Path) -> None:
@@ -93,6 +94,8 @@ def test_bad_settings_are_one_line(run: Run, shards: Path, tmp_path: Path) -> No
     output = ("-o", tmp_path / "run")
     cases = [
         ((shards, *output, "--set", "epochs"), "name=value"),
+        ((shards, *output, "--set", "losses={bce"), "losses={bce is not YAML"),
+        ((shards, *output, "--set", "epochs=many"), "epochs must be int, got 'many'"),
         ((shards, *output, "--set", "epoch=3"), "unknown training settings: epoch"),
         ((shards, *output, "--set", "epochs=0"), "epochs must be at least 1"),
         ((shards, *output, "--set", "losses={mse: 1.0}"), "unknown losses: mse"),
@@ -149,6 +152,7 @@ def test_what_cannot_be_calibrated_is_one_line(run: Run, indexer: Path, shards: 
 def test_two_processes_give_the_indexer_of_one(run: Run, shards: Path, tmp_path: Path) -> None:
     """With random draws in it: which process reads a document changes nothing but the order of sums."""
     args = ["train", str(shards), *SMALL, "--json", "--set", "queries_per_document=5", "--set", "learning_rate=0.02"]
+    args += ["--set", "losses={page-kl: 1.0, chunk-kl: 0.3, budget: 0.3}"]
     one = json.loads(run(*args, "-o", tmp_path / "one").stdout)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     two = subprocess.run(

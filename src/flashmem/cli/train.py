@@ -52,7 +52,10 @@ def run(
         name, equals, value = text.partition("=")
         if not equals:
             raise ValueError(f"a setting is given as name=value, got {text!r}")
-        changes[name] = yaml.safe_load(value)
+        try:
+            changes[name] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ValueError(f"{name}={value} is not YAML") from error
     if recipe not in ("ours", "published"):
         raise ValueError(f"recipe must be 'ours' or 'published', got {recipe!r}")
     base = TrainConfig.published().to_mapping() if recipe == "published" else {}

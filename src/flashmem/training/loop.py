@@ -1,7 +1,7 @@
 """A training run: documents in a seeded order, several per step, with exact resume.
 
 The unit is a document: its keys are read once and all its queries are scored against all its chunks. Processes share a
-step's documents (accelerate: devices, mixed precision, gradients averaged over processes).
+step's documents (accelerate: devices, gradients averaged over processes).
 """
 
 from __future__ import annotations
@@ -48,8 +48,11 @@ class _Objective(nn.Module):
         self, documents: Sequence[tuple[Queries, torch.Generator]]
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         losses, parts = [], []
+        rounds = self.config.mixed_precision == "bf16"
         for queries, generator in documents:
-            loss, named = total_loss(queries.logits(self.indexer), queries, self.config, generator)
+            with torch.autocast(queries.need.device.type, torch.bfloat16, enabled=rounds):
+                logits_QN = queries.logits(self.indexer)
+            loss, named = total_loss(logits_QN, queries, self.config, generator)
             losses.append(loss)
             parts.append(named)
         means = {name: torch.stack([part[name] for part in parts]).mean() for name in self.config.losses}
@@ -67,8 +70,9 @@ class Trainer:
         indexer = starting_indexer(start, shards, config)
         if config.tensorboard and find_spec("tensorboard") is None:
             raise ValueError("tensorboard=true needs tensorboard: pip install 'flashmem[train]'")
+        # precision is the objective's: accelerate's holds for the whole process and cannot change from run to run
         self.accelerator = Accelerator(
-            cpu=cpu, mixed_precision=config.mixed_precision, log_with="tensorboard" if config.tensorboard else None,
+            cpu=cpu, mixed_precision="no", log_with="tensorboard" if config.tensorboard else None,
             project_dir=str(self.out),
         )  # fmt: skip
         # without a GPU, accelerate takes the processes of a launcher for as many single ones unless it is told cpu=True
