@@ -39,7 +39,7 @@ def test_train_writes_an_indexer_and_a_log(run: Run, shards: Path, tmp_path: Pat
     assert "step 6 of 6: loss" in result.stderr
     rows = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert rows[-1]["loss"] == values["loss"]
-    assert set(rows[-1]) == {"step", "loss", "page-kl", "chunk-kl", "budget", "norm", "rate", "seconds_per_step"}
+    assert set(rows[-1]) == {"step", "loss", "page-kl", "chunk-kl", "norm", "rate", "seconds_per_step"}
 
 
 def test_settings_come_from_file_recipe_and_command(run: Run, shards: Path, tmp_path: Path) -> None:
