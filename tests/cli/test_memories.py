@@ -191,6 +191,10 @@ class TestInspect:
         assert values["weight_bytes"] > 0
         assert "csa layers" in run("inspect", id_model).stdout
 
+    def test_the_model_that_comes_along(self, run: Run) -> None:
+        values = json.loads(run("inspect", "flashmem-demo", "--json").stdout)
+        assert (values["kind"], values["layers"], values["bundled_indexer"]) == ("model", 7, True)
+
     def test_indexer(self, run: Run, id_model: Path, tmp_path: Path) -> None:
         engine = flashmem.Engine.from_pretrained(id_model, device="cpu")
         engine.indexer.save_pretrained(tmp_path / "indexer")
