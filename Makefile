@@ -9,16 +9,22 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m "not gpu and not 
 TRIAL_MODEL ?=
 # make test TESTS=tests/store runs one part.
 TESTS ?= tests
+# Another release of transformers than the pinned one; use a VENV of its own with it, as test-oldest does.
+TRANSFORMERS ?=
+# What touches transformers' own code.
+TRANSFORMERS_TESTS := tests/test_attachment.py tests/backbone tests/capture tests/e2e tests/indexer/test_native.py \
+    tests/indexer/test_rope.py tests/lookahead
 
-.PHONY: help demo test lint types docs bench format clean
+.PHONY: help demo test test-oldest lint types docs bench format clean
 
 help:
-	@echo "make demo | test | lint | types | docs | bench | format | clean"
+	@echo "make demo | test | test-oldest | lint | types | docs | bench | format | clean"
 
 $(STAMP): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -c 'import sys; assert sys.version_info >= (3, 10), "Python 3.10 or newer is needed, this is " + sys.version'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	sed '$(if $(TRANSFORMERS),s/^transformers==.*/transformers==$(TRANSFORMERS)/)' constraints.txt > $(VENV)/constraints.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(VENV)/constraints.txt -e ".[dev]"
 	@touch $@
 
 demo: $(STAMP)
@@ -26,6 +32,10 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(PYTEST) $(if $(TRIAL_MODEL),--trial-model $(TRIAL_MODEL)) $(TESTS)
+
+# The oldest transformers that pyproject.toml allows.
+test-oldest:
+	$(MAKE) test VENV=.venv-oldest TRANSFORMERS='5.17.*' TESTS='$(TRANSFORMERS_TESTS)'
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -48,5 +58,5 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) .venv-oldest build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find src tests docs -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -99,6 +99,11 @@ def command_line() -> str:
     return " ".join([program, *(re.sub(r"(^|=)/\S*?([^/\s]+)/?$", r"\1\2", word) for word in sys.argv[1:])])
 
 
+def without_paths(text: str) -> str:
+    """Text with every absolute path cut to its last part."""
+    return re.sub(r"(?<![\w.:/])/(?:[^\s/'\"<>|]+/)+", "", text)
+
+
 def write_result(path: Path, bench: str, result: Mapping[str, Any], started: Mapping[str, Any]) -> None:
     """Write one JSON object: the bench's name, its command, the machine as it was at the start, and the result."""
     load = [round(value, 2) for value in os.getloadavg()]

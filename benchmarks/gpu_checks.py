@@ -1,19 +1,29 @@
-"""What must hold on a CUDA device, measured in one run: tests, exactness, copies under load, memory, copy rates.
+"""What must hold on a CUDA device, in one run: exactness, copies under load, memory, copy rates, tests, sanitizer.
 
-Every part says whether it passed; the program ends with 1 if one did not.
+Every part runs in a process of its own with a limit of time, so that none can spoil another; each says whether it
+passed, and the file is written anew after every part, also when one crashes or takes too long. The program ends with 1
+if a part did not pass. `--seconds` bounds the whole run.
 
-python -m benchmarks.gpu_checks --out results/gpu_checks.json
+python -m benchmarks.gpu_checks --out results/gpu_checks.json    (with PYTHONPATH=src where flashmem is not installed)
 """
 
 from __future__ import annotations
 
+import argparse
 import gc
+import json
+import os
 import random
 import re
+import shutil
+import signal
 import statistics
 import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,21 +38,28 @@ TOLERANCE = 1e-4
 LAYER_SCHEDULES = ("WCHCHCC", "CHC", "wcHC", "WWCHCHC", "HCWC")
 FLASH_RECORD_BYTES = 938_304
 NEVER = 1 << 30  # a window that does not end: no level 1 but ours
+LEAST_GAP = 2e-5
+"""Relative gap at the edge of a top-k below which two correct sums in float32 may pick different chunks."""
+SANITIZER = ("compute-sanitizer", "/usr/local/cuda/bin/compute-sanitizer")
 
 
 # ---- tests
 
 
 def run_tests(args: Any) -> dict[str, Any]:
-    """The tests that need a CUDA device, in a process of their own."""
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests"]
+    """The tests that need a CUDA device; files without any are not even collected."""
+    files = sorted(path for path in (common.ROOT / "tests").rglob("test_*.py") if "mark.gpu" in path.read_text())
+    names = [str(path.relative_to(common.ROOT)) for path in files]
+    command = [sys.executable, "-m", "pytest", "-q", "-rs", "-m", "gpu", "-p", "no:cacheprovider", *names]
     done = subprocess.run(command, cwd=common.ROOT, capture_output=True, text=True, check=False)
-    lines = done.stdout.strip().splitlines()
+    lines = done.stdout.strip().splitlines() or [""]
     counts = {word: int(count) for count, word in re.findall(r"(\d+) (passed|failed|error|skipped)", lines[-1])}
     return {
-        "command": "python -m pytest -q -m gpu tests",
+        "command": " ".join(["python", *command[1:]]),
         "counts": counts,
-        "failures": [line for line in lines if line.startswith(("FAILED", "ERROR"))],
+        "exit_status": done.returncode,
+        "failures": [common.without_paths(line) for line in lines if line.startswith(("FAILED", "ERROR", "SKIPPED"))],
+        "tail": [] if done.returncode == 0 else tail(done.stdout + done.stderr),
         "passed": done.returncode == 0 and counts.get("passed", 0) > 0 and not counts.get("skipped"),
     }
 
@@ -80,8 +97,8 @@ def _exactness(layers: str, seed: int, device: str) -> dict[str, Any]:
     model = random_model(layers, seed=seed, **sizes).to(device)
     chunk, page = draw.choice([37, 129, 250, 512]), draw.choice([4, 16, 64])
     lengths = [draw.randrange(1, 400) for _ in range(3)]
-    generator = torch.Generator().manual_seed(seed)
-    texts = [torch.randint(0, 256, (length + 40,), generator=generator).tolist() for length in lengths]
+    chosen = [text_without_races(model, length + 40, 100 * seed + i) for i, length in enumerate(lengths)]
+    texts = [text for text, _ in chosen]
     engine = Engine(model, config=LSAConfig(policy="all", page_chunks=page, prefill_chunk=chunk, tau=16))
     sessions, differences = [engine.session() for _ in texts], []
     with torch.no_grad():
@@ -106,9 +123,47 @@ def _exactness(layers: str, seed: int, device: str) -> dict[str, Any]:
         "prefill_chunk": chunk,
         "page_chunks": page,
         "prompts": lengths,
+        "closest_race": min(gap for _, gap in chosen),
         "largest_difference": max(differences),
         "greedy_tokens_equal": generated == stock,
     }
+
+
+def text_without_races(model: Any, length: int, seed: int, attempts: int = 30) -> tuple[list[int], float]:
+    """Random tokens in which every top-k of the stock model is decided by more than rounding, and the closest decision.
+
+    Without this, two correct implementations may pick different chunks, and say so in their logits.
+    """
+    best: tuple[list[int], float] = ([], -1.0)
+    for attempt in range(attempts):
+        generator = torch.Generator().manual_seed(1000 * seed + attempt)
+        text = torch.randint(0, 256, (length,), generator=generator).tolist()
+        best = max(best, (text, closest_race(model, text)), key=lambda item: item[1])
+        if best[1] > LEAST_GAP:
+            break
+    return best
+
+
+@torch.no_grad()
+def closest_race(model: Any, ids: list[int]) -> float:
+    """Least relative gap between the last chunk that a Lightning Indexer of the stock model picks and the next one."""
+    gaps = [float("inf")]
+
+    def on_scores(module: Any, inputs: Any, scores: torch.Tensor) -> None:
+        topk = model.config.index_topk
+        visible_S1 = (torch.arange(scores.shape[1], device=scores.device)[:, None] + 1) // 4
+        there = torch.arange(scores.shape[2], device=scores.device) < visible_S1
+        if scores.shape[2] > topk:
+            best = scores[0].float().masked_fill(~there, float("-inf")).topk(topk + 1, dim=-1).values
+            gap = (best[:, -2] - best[:, -1]) / best[:, 0].abs().clamp_min(1e-9)
+            gaps.append(float(gap[visible_S1[:, 0] > topk].amin()))
+
+    scorers = [module for name, module in model.named_modules() if name.endswith("indexer.scorer")]
+    handles = [scorer.register_forward_hook(on_scores) for scorer in scorers]
+    model(torch.tensor([ids], device=model.model.embed_tokens.weight.device), use_cache=False)
+    for handle in handles:
+        handle.remove()
+    return min(gaps)
 
 
 @torch.no_grad()
@@ -129,11 +184,16 @@ def _difference(a: torch.Tensor | None, b: torch.Tensor) -> float:
 # ---- copies under load
 
 
+LATE_COPIES, LATE_MODEL = 1, 2
+CYCLES = 100_000_000  # about 60 milliseconds
+
+
 def run_copies_under_load(args: Any) -> dict[str, Any]:
     """Decode while the next window's pages are copied in, against a twin that waits for its copies.
 
-    Both sessions hold the same history and the same windows, chosen at random; logits must agree, unused slots are
-    filled with NaN, and after every window each resident page is compared with its home byte by byte.
+    Both sessions hold the same history and see the same windows, chosen at random. By turns the copies start late, the
+    model's stream is behind, or neither; the host waits for nothing but what a step itself needs. Logits must be the
+    twin's, unused slots are filled with NaN, and now and then each resident page is compared with its home.
     """
     model = random_model(
         "WCHCHCC", seed=5, head_dim=256, hidden_size=256, num_attention_heads=8, index_head_dim=64, index_n_heads=16,
@@ -145,27 +205,35 @@ def run_copies_under_load(args: Any) -> dict[str, Any]:
     ours, twin = engine.session(), engine.session()
     for session in (ours, twin):
         synthetic.fill(engine, session, args.load_tokens, seed=9)
-    draw, overlapped, largest = random.Random(1), 0, 0.0
-    token_draw = random.Random(2)
-    for _ in range(args.load_windows):
-        last = ours.pages.num_pages - 1
-        wanted = sorted({0, last, *draw.sample(range(last), max(1, last // 5))})
-        ours.pages.prefetch(wanted)  # copies run while `ours` decodes
-        tokens = [token_draw.randrange(256) for _ in range(args.window_steps)]
-        mine = [engine.decode([ours], [tokens[0]])]
-        overlapped += _copies_run(ours)
+    plan = _windows(ours.pages.num_pages, args.load_windows, args.window_steps)
+    mine, overlapped = [], 0
+    for turn, (wanted, tokens) in enumerate(plan):
+        _delay(engine, turn % 3, args.device)
+        ours.pages.prefetch(_with_open(ours, wanted))
+        mine.append(engine.decode([ours], tokens[:1]))
+        if turn % 3 == LATE_COPIES:
+            _wait_for_model(args.device)
+            overlapped += _copies_run(ours)
         mine += [engine.decode([ours], [token]) for token in tokens[1:]]
-        theirs = [engine.decode([twin], [token]) for token in tokens]
+        ours.pages.flip()  # at once: the next step must wait for the copies by itself
+        if turn % 5 == 4:
+            engine.store.check()
+    theirs = []
+    for wanted, tokens in plan:
+        first = twin.pages.num_pages - 1
+        theirs += [engine.decode([twin], [token]) for token in tokens]
         _synchronize(args.device)
-        twin.pages.prefetch(sorted({*wanted, *range(last, twin.pages.num_pages)}))  # and pages born in the window
+        born = range(first, twin.pages.num_pages)
+        twin.pages.prefetch(_with_open(twin, sorted({*wanted, *born})))
         _synchronize(args.device)
-        for session in (ours, twin):
-            session.pages.flip()
-        largest = max(largest, _difference(torch.cat(mine), torch.cat(theirs)))
-        engine.store.check()  # bytes of every resident page against its home
-    traffic, record = ours.pages.traffic, engine.layout.record_bytes
+        twin.pages.flip()
+    _synchronize(args.device)
+    engine.store.check()
+    differences = [_difference(a, b) for a, b in zip(mine, theirs, strict=True)]
+    largest = max(differences) if all(value == value for value in differences) else float("nan")
+    traffic, record, same = ours.pages.traffic, engine.layout.record_bytes, ours.pages.resident == twin.pages.resident
     engine.close()
-    finite = largest == largest  # NaN would show that an unused slot was read
+    late = len(range(LATE_COPIES, args.load_windows, 3))
     return {
         "tokens": args.load_tokens,
         "record_bytes": record,
@@ -173,10 +241,37 @@ def run_copies_under_load(args: Any) -> dict[str, Any]:
         "steps_per_window": args.window_steps,
         "pages_copied_in": traffic.pages_to_device,
         "bytes_copied_in": traffic.bytes_to_device,
-        "windows_with_copies_still_running_after_a_step_was_enqueued": overlapped,
-        "largest_difference_to_twin": largest,
-        "passed": finite and largest <= TOLERANCE,
+        "windows_with_late_copies": late,
+        "of_these_copies_still_ran_after_a_whole_step": overlapped,
+        "resident_pages_equal": same,
+        "largest_difference_to_twin": largest if largest == largest else "NaN: an unused slot was read",
+        "passed": same and largest <= TOLERANCE and (torch.device(args.device).type == "cpu" or overlapped == late),
     }
+
+
+def _windows(pages: int, windows: int, steps: int) -> list[tuple[list[int], list[int]]]:
+    """Pages and tokens of every window, at random."""
+    draw = random.Random(1)
+    last = pages - 1
+    return [
+        (sorted({0, *draw.sample(range(last), max(1, last // 5))}), [draw.randrange(256) for _ in range(steps)])
+        for _ in range(windows)
+    ]
+
+
+def _with_open(session: Session, wanted: list[int]) -> list[int]:
+    return sorted({*wanted, session.pages.num_pages - 1})
+
+
+def _delay(engine: Engine, which: int, device: str) -> None:
+    """Let the copies start late, or the model's stream be behind the host."""
+    if torch.device(device).type != "cuda":
+        return
+    if which == LATE_COPIES:
+        with engine.store.pool._sides[0].current():
+            torch.cuda._sleep(CYCLES)
+    elif which == LATE_MODEL:
+        torch.cuda._sleep(CYCLES)
 
 
 def _copies_run(session: Session) -> bool:
@@ -218,6 +313,10 @@ def _memory(case: dict[str, Any], tokens: int) -> dict[str, Any]:
         policy="native", keep=0.1, kv_format=case["kv_format"], page_chunks=case["page_chunks"],
         device_budget_bytes=budget,
     )  # fmt: skip
+    warm = Engine(model, config=config)  # cuBLAS takes its workspace at the first product, and keeps it
+    warm.session().generate(list(range(200)), max_new_tokens=3)
+    warm.close()
+    del warm
     before = _allocated()
     engine = Engine(model, config=config)
     session = engine.session()
@@ -230,7 +329,8 @@ def _memory(case: dict[str, Any], tokens: int) -> dict[str, Any]:
     engine.check()
     held = session.report().all_in.device
     pool = engine.store.pool
-    indexers = {id(part): part.nbytes for scorer in engine.scorers.values() for part in scorer.state_dict().values()}
+    weights = [part for scorer in engine.scorers.values() for part in scorer.state_dict().values()]
+    indexers = {part.data_ptr(): part.nbytes for part in weights}  # one indexer may be there under two names
     formula = {
         **{name: size for name, size in held.items() if name != "page_table"},  # the tables are lists on the host
         "free_slots": pool.allocated_bytes - pool.used_bytes,
@@ -326,42 +426,130 @@ def run_copy_rates(args: Any) -> dict[str, Any]:
     }
 
 
+def _wait_for_model(device: str) -> None:
+    """Wait for the model's stream alone."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.current_stream().synchronize()
+
+
 def _synchronize(device: str) -> None:
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize()
 
 
-PARTS: dict[str, Callable[[Any], dict[str, Any]]] = {
-    "exactness": run_exactness,
-    "copies_under_load": run_copies_under_load,
-    "memory": run_memory,
-    "copy_rates": run_copy_rates,
-    "tests": run_tests,
+# ---- compute-sanitizer
+
+
+def run_memcheck(args: Any) -> dict[str, Any]:
+    """Reads and writes outside of allocations. Without torch's caching, so that every tensor is an allocation."""
+    return _sanitize("memcheck", {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, args.sanitizer_steps)
+
+
+def run_racecheck(args: Any) -> dict[str, Any]:
+    """Hazards in shared memory."""
+    return _sanitize("racecheck", {}, args.sanitizer_steps)
+
+
+def _sanitize(tool: str, environment: dict[str, str], steps: int) -> dict[str, Any]:
+    found = next((path for name in SANITIZER if (path := shutil.which(name))), None)
+    words = ["--tool", tool, "--error-exitcode", "9", "python", "-m", "benchmarks.gpu_sanitizer_target"]
+    words += ["--steps", str(steps)]
+    result = {"command": " ".join(["compute-sanitizer", *words]), "environment": environment}
+    if found is None:
+        return {**result, "why": "compute-sanitizer is not installed", "passed": False}
+    words[words.index("python")] = sys.executable
+    done = subprocess.run(
+        [found, *words], cwd=common.ROOT, capture_output=True, text=True, check=False, env=os.environ | environment
+    )
+    output = done.stdout + done.stderr
+    return {
+        **result,
+        "exit_status": done.returncode,
+        "summary": [line.strip("= ") for line in output.splitlines() if "SUMMARY" in line],
+        "swapped": [line for line in output.splitlines() if "pages copied to the device" in line],
+        "tail": [] if done.returncode == 0 else tail(output),
+        "passed": done.returncode == 0 and re.search(r"SUMMARY: 0 (errors|hazards)", output) is not None,
+    }
+
+
+# ---- the run
+
+
+PARTS: dict[str, tuple[Callable[[Any], dict[str, Any]], int]] = {
+    "exactness": (run_exactness, 120),
+    "copies_under_load": (run_copies_under_load, 120),
+    "memory": (run_memory, 120),
+    "copy_rates": (run_copy_rates, 90),
+    "tests": (run_tests, 240),
+    "sanitizer_memcheck": (run_memcheck, 240),
+    "sanitizer_racecheck": (run_racecheck, 180),
 }
+"""Each with the seconds that it may take."""
+
+
+def tail(output: str, lines: int = 25) -> list[str]:
+    """The end of a program's output, without absolute paths."""
+    return [common.without_paths(line) for line in output.strip().splitlines()[-lines:]]
+
+
+def run_alone(name: str, seconds: float) -> dict[str, Any]:
+    """Run one part in a process of its own; whatever becomes of it is a result."""
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory() as directory:
+        out = Path(directory) / "part.json"
+        command = [sys.executable, "-m", "benchmarks.gpu_checks", *sys.argv[1:], "--alone", name, "--out", str(out)]
+        process = subprocess.Popen(
+            command, cwd=common.ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            start_new_session=True,
+        )  # fmt: skip
+        try:
+            output, _ = process.communicate(timeout=max(1.0, seconds))
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)  # pytest and compute-sanitizer have children of their own
+            output, _ = process.communicate()
+            result = {"passed": False, "why": f"it took more than {seconds:.0f} s", "tail": tail(output)}
+        else:
+            if out.is_file():
+                result = json.loads(out.read_text())
+            else:
+                result = {"passed": False, "why": f"it ended with status {process.returncode}", "tail": tail(output)}
+    return result | {"seconds": round(time.monotonic() - started, 1)}
 
 
 def main() -> int:
     parser = common.parser(__doc__)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--seconds", type=float, default=570, help="what the whole run may take")
+    parser.add_argument("--alone", choices=PARTS, help=argparse.SUPPRESS)
     parser.add_argument("--device", default="cuda", help="cpu runs exactness, copies and rates without a GPU")
     parser.add_argument("--geometries", type=int, default=8, help="random geometries of the exactness part")
     parser.add_argument("--load-tokens", type=int, default=65_536)
-    parser.add_argument("--load-windows", type=int, default=40)
+    parser.add_argument("--load-windows", type=int, default=30)
     parser.add_argument("--window-steps", type=int, default=12)
     parser.add_argument("--memory-tokens", type=int, default=16_384)
     parser.add_argument("--records", type=int, default=384)
     parser.add_argument("--copy-rounds", type=int, default=20)
+    parser.add_argument("--sanitizer-steps", type=int, default=14)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    torch.backends.cuda.matmul.allow_tf32 = False
-    torch.backends.cudnn.allow_tf32 = False
-    started, result = common.machine(), {}
+    if args.alone:
+        torch.backends.cuda.matmul.allow_tf32 = False
+        torch.backends.cudnn.allow_tf32 = False
+        result = PARTS[args.alone][0](args)
+        args.out.write_text(json.dumps(result))
+        return 0
+    started, end = common.machine(), time.monotonic() + args.seconds
+    results: dict[str, Any] = {}
     for name in args.parts:
         common.log(f"{name} ...")
-        result[name] = PARTS[name](args)
-        common.log(f"{name}: {'passed' if result[name]['passed'] else 'FAILED'}")
-        common.write_result(args.out, "gpu_checks", {"allow_tf32": False, **result}, started)
-    return 0 if all(part["passed"] for part in result.values()) else 1
+        results[name] = run_alone(name, min(PARTS[name][1], end - time.monotonic()))
+        verdict = "passed" if results[name]["passed"] else "FAILED"
+        common.log(f"{name}: {verdict} after {results[name]['seconds']} s")
+        complete = len(results) == len(args.parts)
+        passed = complete and all(part["passed"] for part in results.values())
+        summary = {"allow_tf32": False, "complete": complete, "passed": passed}
+        common.write_result(args.out, "gpu_checks", {**summary, **results}, started)
+    return 0 if passed else 1
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """A small end-to-end decode with pages swapped at every window, for compute-sanitizer.
 
 Two sessions of different lengths read, decode in one batch through several windows whose copies overlap with decoding,
-and save and reopen; then the store is checked. Exits with an error if anything is wrong.
+and save and reopen; then the store is checked. Exits with an error if anything is wrong. `benchmarks.gpu_checks` runs
+it under both tools; by hand:
 
 compute-sanitizer --tool memcheck --error-exitcode 9 python -m benchmarks.gpu_sanitizer_target
 compute-sanitizer --tool racecheck --error-exitcode 9 python -m benchmarks.gpu_sanitizer_target
@@ -50,9 +51,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--kv-formats", nargs="+", choices=("auto", "fp8"), default=["auto", "fp8"])
     args = parser.parse_args()
     torch.set_num_threads(1)
-    for kv_format in ("auto", "fp8"):
+    for kv_format in args.kv_formats:
         moved = run(args.device, kv_format, args.steps)
         assert moved > 0, "nothing was swapped"
         print(f"{kv_format}: {moved} pages copied to the device")

@@ -259,6 +259,18 @@ def test_a_real_write_that_does_not_fit(there: Path, limit: int) -> None:
     assert version_of(there) == 1 and names(there) == FILES
 
 
+def test_a_first_save_that_does_not_fit_leaves_nothing(tmp_path: Path) -> None:
+    def child() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4500, 4500))
+        with pytest.raises(OSError, match="File too large"):
+            save(tmp_path / "m", 1)
+
+    assert in_child(child) == 0
+    assert not list(tmp_path.iterdir())
+    save(tmp_path / "m", 1)
+    assert version_of(tmp_path / "m") == 1
+
+
 def test_a_record_that_cannot_be_read_leaves_the_old_memory(there: Path) -> None:
     def damaged(record: int) -> None:
         if record == 3:

@@ -18,7 +18,7 @@ import secrets
 import struct
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,12 +60,12 @@ def save_memory(
 
     `session` holds JSON values, `position`, `num_chunks`, `policy`, `settings` and `cycle` among them; `records` yields
     `num_records` uint8 tensors [record_bytes] in page order. OSError (a full disk, say) leaves an older memory as it
-    was and no new files behind; only where the directory itself cannot be flushed at the very end is the new memory
+    was and nothing new behind; only where the directory itself cannot be flushed at the very end is the new memory
     already in its place. ValueError where the directory holds something else.
     """
     directory = Path(directory)
     _check_target(directory)
-    _make(directory)
+    made = _make(directory)
     name = secrets.token_hex(8)
     state_path, pages_path = directory / f"state-{name}.safetensors", directory / f"pages-{name}.safetensors"
     temporary = directory / f"manifest-{name}.tmp"
@@ -98,6 +98,9 @@ def save_memory(
         except BaseException:
             if not _is_current(directory, name):
                 _remove([state_path, pages_path, temporary])
+                if made:
+                    with suppress(OSError):  # another process may have saved here since
+                        directory.rmdir()
             raise
         # the old memory's files, and what an interrupted save left; whoever has them open still reads them
         _remove([path for path in _data_files(directory) if name not in path.name])
@@ -211,10 +214,13 @@ def _check_target(directory: Path) -> None:
         raise ValueError(f"{directory} is a directory that holds something other than a memory")
 
 
-def _make(directory: Path) -> None:
-    if not directory.is_dir():
-        directory.mkdir(parents=True, exist_ok=True)
-        _sync(directory.parent)
+def _make(directory: Path) -> bool:
+    """Whether it was not there."""
+    if directory.is_dir():
+        return False
+    directory.mkdir(parents=True, exist_ok=True)
+    _sync(directory.parent)
+    return True
 
 
 @contextmanager

@@ -18,6 +18,14 @@ def test_command_line_names_no_absolute_path(monkeypatch: pytest.MonkeyPatch) ->
     assert common.command_line() == expected
 
 
+def test_paths_are_cut_out_of_texts() -> None:
+    line = 'File "/a/b/c.py", line 3, in /x/y: see tests/e2e/test_x.py, 1/2 and https://example.org/a/b'
+    assert (
+        common.without_paths(line)
+        == 'File "c.py", line 3, in y: see tests/e2e/test_x.py, 1/2 and https://example.org/a/b'
+    )
+
+
 def test_a_result_says_where_it_was_measured(tmp_path: Path) -> None:
     common.write_result(tmp_path / "new" / "r.json", "x", {"value": 3}, common.machine())
     result = json.loads((tmp_path / "new" / "r.json").read_text())

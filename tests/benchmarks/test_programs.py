@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from benchmarks import common, decode_cost, gpu_checks, gpu_sanitizer_target, prefill, recall, synthetic
 from flashmem import Engine, LSAConfig
+from flashmem.backbone import random_model
 
 
 def test_synthetic_history_is_a_session_like_others() -> None:
@@ -62,6 +66,38 @@ def test_parts_of_the_gpu_checks_run_on_the_cpu() -> None:
     assert gpu_checks.run_exactness(args)["passed"]
     assert gpu_checks.run_copies_under_load(args)["passed"]
     assert gpu_checks.run_copy_rates(SimpleNamespace(device="cpu", records=3, copy_rounds=1))["passed"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU the memory part does not fail")
+def test_a_gpu_check_that_fails_or_hangs_is_a_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here, without a GPU, the memory part cannot run; what the other measured is kept, and no path is in the file."""
+    out = tmp_path / "checks.json"
+    words = ["gpu_checks.py", "--device", "cpu", "--records", "3", "--copy-rounds", "1", "--threads", "1"]
+    monkeypatch.setattr(sys, "argv", [*words, "--parts", "memory", "copy_rates", "--out", str(out)])
+    assert gpu_checks.main() == 1
+    result = json.loads(out.read_text())
+    assert (result["complete"], result["passed"]) == (True, False)
+    assert result["copy_rates"]["passed"] and result["copy_rates"]["records"] == 3
+    assert (
+        not result["memory"]["passed"] and "ended with status" in result["memory"]["why"] and result["memory"]["tail"]
+    )
+    assert str(common.ROOT) not in out.read_text() and str(tmp_path) not in out.read_text()
+    hung = gpu_checks.run_alone("copy_rates", 0.5)
+    assert not hung["passed"] and "more than" in hung["why"]
+
+
+def test_races_of_a_top_k_are_seen() -> None:
+    model = random_model("WCHC", seed=1)
+    text, gap = gpu_checks.text_without_races(model, 120, seed=3)
+    assert len(text) == 120 and gap > gpu_checks.LEAST_GAP
+    assert gpu_checks.closest_race(model, text) == gap
+    assert gpu_checks.closest_race(model, text[:20]) == float("inf")  # five chunks, all of them picked
+    with torch.no_grad():
+        for layer in model.model.layers:
+            if hasattr(compressor := getattr(layer.self_attn, "compressor", None), "indexer"):
+                compressor.indexer.scorer.weights_proj.weight.zero_()
+    assert gpu_checks.closest_race(model, text) == 0
 
 
 def test_sanitizer_target_swaps_pages() -> None:

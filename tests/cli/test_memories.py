@@ -162,6 +162,21 @@ def test_bad_input_is_one_line_and_status_2(
     assert not list(tmp_path.iterdir())
 
 
+def test_a_full_disk_is_one_line_and_leaves_nothing(
+    run: Run, text_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device", "x.mem")
+
+    (tmp_path / "book.txt").write_text(BOOK)
+    args = ("read", tmp_path / "book.txt", "-o", tmp_path / "x.mem", "--model", text_model, *SMALL)
+    with monkeypatch.context() as patch:
+        patch.setattr("flashmem.memory._write", full)
+        result = run(*args)
+    assert result.exit_code == 2 and "No space left on device" in result.stderr
+    assert run(*args).exit_code == 0  # without --force: nothing is there
+
+
 def test_a_text_that_is_no_text_is_refused(run: Run, text_model: Path, tmp_path: Path) -> None:
     (tmp_path / "image.txt").write_bytes(b"abc\xff\xfe")
     result = run("read", tmp_path / "image.txt", "-o", tmp_path / "x.mem", "--model", text_model)
@@ -190,6 +205,10 @@ class TestInspect:
         assert (values["kind"], values["csa_layers"], values["hca_layers"]) == ("model", 2, 1)
         assert values["weight_bytes"] > 0
         assert "csa layers" in run("inspect", id_model).stdout
+
+    def test_the_model_that_comes_along(self, run: Run) -> None:
+        values = json.loads(run("inspect", "flashmem-demo", "--json").stdout)
+        assert (values["kind"], values["layers"], values["bundled_indexer"]) == ("model", 7, True)
 
     def test_indexer(self, run: Run, id_model: Path, tmp_path: Path) -> None:
         engine = flashmem.Engine.from_pretrained(id_model, device="cpu")

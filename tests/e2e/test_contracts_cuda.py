@@ -17,6 +17,10 @@ GEOMETRIES = {
 }
 
 
+# Seeds of the texts below: no top-k of these models is decided by less than 4e-5 of a score there
+# (`closest_race` in benchmarks.gpu_checks), since the order of sums differs between devices.
+
+
 def tokens(count: int, seed: int) -> list[int]:
     return torch.randint(0, 256, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
 
@@ -39,7 +43,7 @@ def teacher_forced(session: flashmem.Session, ids: list[int]) -> torch.Tensor:
 
 @pytest.mark.parametrize("prefill_chunk", [50, 512])
 def test_all_pages_give_stock_logits(model: object, prefill_chunk: int) -> None:
-    ids = tokens(400, 3)
+    ids = tokens(400, seed=11)
     wanted = stock_logits(model, ids)
     engine = flashmem.Engine(
         model, config=flashmem.LSAConfig(policy="all", page_chunks=4, prefill_chunk=prefill_chunk, tau=16)
@@ -55,7 +59,7 @@ def test_all_pages_give_stock_logits(model: object, prefill_chunk: int) -> None:
 
 
 def test_selected_pages_agree_with_the_cpu(model: object) -> None:
-    ids = tokens(500, 4)
+    ids = tokens(500, seed=11)
     config = flashmem.LSAConfig(policy="native", keep=0.2, page_chunks=4, tau=8, lead=3, rescue=True)
     results = []
     for device in ("cpu", "cuda"):
@@ -127,6 +131,7 @@ def test_bf16_and_fp8_run_and_stay_close_to_stock() -> None:
 
 def test_device_memory_is_what_the_formula_says() -> None:
     model = random_model("WCHC", seed=1).cuda()
+    stock_logits(model, [1, 2, 3])  # cuBLAS takes its workspace at the first product, and keeps it
     torch.cuda.synchronize()
     engine = flashmem.Engine(
         model, config=flashmem.LSAConfig(policy="native", keep=0.2, page_chunks=4, device_budget_bytes=4 << 20)

@@ -12,6 +12,7 @@ import typer
 import flashmem
 
 from ..accounting import kv_report
+from ..accounting.models import DEMO, shipped_model
 from ..config import ModelDefaults, ModelGeometry
 from .options import Json
 from .output import answer, answer_json
@@ -24,7 +25,9 @@ def add_command(app: typer.Typer) -> None:
 
 
 def run(
-    path: Annotated[Path, typer.Argument(help="A memory, a Memory Indexer, a model directory or a config.json.")],
+    path: Annotated[
+        Path, typer.Argument(help="A memory, a Memory Indexer, a model directory, a config.json or flashmem-demo.")
+    ],
     verify: Annotated[bool, typer.Option("--verify", help="Check every page of a memory.")] = False,
     json: Json = False,
 ) -> None:
@@ -32,7 +35,7 @@ def run(
 
     Example: `flashmem inspect book.mem --verify`
     """
-    facts = _facts(path, verify)
+    facts = _facts(shipped_model() if str(path) == DEMO else path, verify)
     if json:
         answer_json(facts)
     else:
