@@ -107,7 +107,9 @@ def variants() -> Iterator[tuple[str, Callable[[], object]]]:
     case = ScoreCase(262_144, 8)
     for precision, all_tiles in kernel_cases.SCORE_TILES.items():
         for tiles in all_tiles:
-            yield f"score pages {precision} {_label(tiles)}", _score(case, precision, tiles)
+            yield f"score pages {precision} {label(tiles)}", _score(case, precision, tiles)
+    one = ScoreCase(262_144, 1, layers=1)
+    yield "score pages fp8, one session and layer", _score(one, "fp8", kernel_cases.SCORE_TILES["fp8"][0])
     rows = ScoreCase(262_144, 8, planar=False)
     for precision in ("fp8", "fp16"):
         yield (
@@ -118,17 +120,19 @@ def variants() -> Iterator[tuple[str, Callable[[], object]]]:
         for tiles in all_tiles:
             if tiles.run == 8:
                 short = score.Tiles(tiles.chunks, 1, tiles.warps, tiles.stages)
-                yield f"score ranks {precision} {_label(short)}", _ranks(precision, short)
+                yield f"score ranks {precision} {label(short)}", _ranks(precision, short)
     yield "top-k of 4096, ordered", lambda: _topk(4096, True)
     yield "top-k of 24576", lambda: _topk(24_576, False)
     yield "select pages of 4096", _pages
     for kv_format in ("fp8", "bf16"):
         for shares in (1, 8):
             for tiles in kernel_cases.attend_tiles(shares):
-                yield f"attend {kv_format} {_label(tiles)}", _attend(kv_format, tiles)
+                yield f"attend {kv_format} {label(tiles)}", _attend(kv_format, tiles)
+    yield "attend window alone", _attend("bf16", kernel_cases.attend_tiles(1)[0], sources=1)
 
 
-def _label(tiles: Any) -> str:
+def label(tiles: Any) -> str:
+    """The fields of a choice of tiles."""
     return " ".join(f"{name}={getattr(tiles, name)}" for name in tiles.__slots__)
 
 
@@ -164,10 +168,10 @@ def _pages() -> object:
     return select_pages(scores, num_pages, least, most, sink=1, recency=8, above_BP=above, impl="fused")
 
 
-def _attend(kv_format: str, tiles: attention.Tiles) -> Callable[[], object]:
+def _attend(kv_format: str, tiles: attention.Tiles, sources: int = 2) -> Callable[[], object]:
     def launch() -> object:
-        q, sources, sinks = PoolCase(24_576, 8, kv_format).attention(META)
-        return attention.attend_rows_fused(q, sources, sinks, kernel_cases.HEAD_DIM**-0.5, tiles)
+        q, both, sinks = PoolCase(24_576, 8, kv_format).attention(META)
+        return attention.attend_rows_fused(q, both[:sources], sinks, kernel_cases.HEAD_DIM**-0.5, tiles)
 
     return launch
 
@@ -177,15 +181,21 @@ def _cuobjdump(option: str, name: str) -> str:
     return subprocess.run([program, option, name], check=True, capture_output=True, text=True).stdout
 
 
+def compile_variant(name: str) -> None:
+    """Compile one variant into Triton's cache."""
+    triton.runtime.driver.set_active(CompileOnly())
+    compiled_kernels(dict(variants())[name])
+
+
 def main() -> int:
     parser = common.parser(__doc__)
-    parser.add_argument("--only", default="", metavar="TEXT", help="variants whose name contains this")
+    parser.add_argument("--only", nargs="+", default=[""], metavar="TEXT", help="variants whose name contains one of these")
     args = parser.parse_args()
     started = common.machine()
     triton.runtime.driver.set_active(CompileOnly())
     rows = []
     for name, launch in variants():
-        if args.only in name:
+        if any(text in name for text in args.only):
             for kernel, compiled in compiled_kernels(launch):
                 rows.append({"variant": name, "kernel": kernel, **resources(compiled)})
                 row = rows[-1]
