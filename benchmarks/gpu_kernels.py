@@ -31,8 +31,9 @@ import triton
 
 from benchmarks import common, kernel_cases, kernel_resources
 from benchmarks.kernel_cases import PAGE_CHUNKS, TEMPERATURE, PoolCase, ScoreCase
-from flashmem.kernels.index_rows import decode_index_rows
-from flashmem.kernels.kv_codec import PlanarForm, decode_rows, get_planar
+from flashmem.kernels.compress import compress
+from flashmem.kernels.index_rows import decode_index_rows, encode_index_rows
+from flashmem.kernels.kv_codec import KVFormatSpec, PlanarForm, decode_rows, encode_rows, get_planar
 from flashmem.kernels.paged import PagedRows
 from flashmem.kernels.score_chunks import PageScores, score_pages
 from flashmem.kernels.score_chunks import fused as score
@@ -61,6 +62,7 @@ POOL_CHUNKS = 8192
 RAGGED = (1, 0, 63, 1000, 4097)
 TOPK_COUNTS = (1, 63, 512, 4096, 4097, 24_576, 262_144)
 PAGES = 4096
+ENCODED = (8, 64, 65_536)
 
 # relative errors in the norm, against float64 on the same stored bytes; fp8: on the rounded queries
 TOLERANCES = {"fp32": 1e-5, "fp16": 1e-3, "bf16": 1e-2, "fp8": 2e-3, "fp8x2": 2e-3, "attend": 5e-3}
@@ -216,6 +218,7 @@ def run_checks(run: Run) -> None:
         for dtype in (torch.bfloat16, torch.float32):
             _check_attention(run, kv_format, dtype)
     _check_topk(run)
+    _check_encoders(run)
 
 
 def _ragged(counts: Sequence[int], layers: int, dim: int, planar: bool, device: torch.device) -> PagedRows:
@@ -352,6 +355,33 @@ def _check_topk(run: Run) -> None:
             (a.pages_BP != b.pages_BP).sum() + (a.counts_B != b.counts_B).sum() + (a.above_B != b.above_B).sum()
         )
         run.check(f"select pages of {pages}", wrong, 0)
+
+
+def _check_encoders(run: Run) -> None:
+    """The bytes of the definition; pooling within float32 rounding of float64."""
+    for dtype in (torch.float32, torch.bfloat16):
+        for dim in (64, 128):
+            keys = _of_all_sizes(run.device, 5000, dim).to(dtype)
+            wrong = int((encode_index_rows(keys, impl="fused") != encode_index_rows(keys)).sum())
+            run.check(f"index rows of {dim} channels, {dtype}", wrong, 0)
+        for head_dim, rope_dim in ((64, 0), (70, 4), (128, 32), (512, 64)):
+            spec, kv = KVFormatSpec("fp8", head_dim, rope_dim), _of_all_sizes(run.device, 5000, head_dim).to(dtype)
+            wrong = int((encode_rows(spec, kv, impl="fused") != encode_rows(spec, kv)).sum())
+            run.check(f"fp8 entries of {head_dim} channels, {rope_dim} rotary, {dtype}", wrong, 0)
+    for slots in (8, 128):
+        kv, gate = _of_all_sizes(run.device, 2, 300, slots, 192).unbind()
+        weights = (gate.double() / 100).softmax(1)
+        found = compress(kv, gate / 100, impl="fused")
+        run.check(f"pooling of {slots} slots", _error(found, (kv.double() * weights).sum(1)), 1e-5)
+
+
+def _of_all_sizes(device: torch.device, *shape: int) -> torch.Tensor:
+    """Values over eight orders of magnitude, zeros among them."""
+    draw = kernel_cases.generator(device, 7)
+    x = kernel_cases.randn(*shape, device=device, draw=draw)
+    x *= 10 ** (8 * torch.rand(*shape, generator=draw, device=device) - 4)
+    x.view(-1)[::31] = 0
+    return x
 
 
 def _poison(device: torch.device) -> None:
@@ -594,6 +624,27 @@ def _time_attention_peers(
         time_peer(run, "attend peer", name, lambda peer=peer: peer(gathered()), **shape)  # type: ignore[misc]
 
 
+# ---- K5: what a step or a prefill writes
+
+
+def run_encoders(run: Run) -> None:
+    spec = KVFormatSpec("fp8", kernel_cases.HEAD_DIM, kernel_cases.ROPE_DIM)
+    for count in ENCODED:
+        draw = kernel_cases.generator(run.device, 1)
+        keys = kernel_cases.randn(count, kernel_cases.INDEX_DIM, device=run.device, draw=draw).bfloat16()
+        kv = kernel_cases.randn(count, kernel_cases.HEAD_DIM, device=run.device, draw=draw).bfloat16()
+        windows = kernel_cases.randn(count, 8, kernel_cases.HEAD_DIM, device=run.device, draw=draw).bfloat16()
+        cases: dict[str, tuple[Any, int]] = {
+            "encode index rows": (partial(encode_index_rows, keys), keys.nbytes + count * (kernel_cases.INDEX_DIM + 4)),
+            "encode fp8 entries": (partial(encode_rows, spec, kv), kv.nbytes + count * spec.entry_bytes),
+            "pool windows": (partial(compress, windows, windows), 2 * windows.nbytes + kv.nbytes),
+        }
+        for name, (call, moved) in cases.items():
+            for impl in ("fused", "reference"):
+                peer = {} if impl == "fused" else {"peer": "torch"}
+                run.time(name, [partial(call, impl=impl)], bytes=moved, flops=0, rate="fp32", chunks=count, **peer)
+
+
 # ---- program
 
 
@@ -633,6 +684,7 @@ PARTS: dict[str, Callable[[Run], None]] = {
     "scores": run_scores,
     "selection": run_selection,
     "attention": run_attention,
+    "encoders": run_encoders,
     "score_peers": run_score_peers,
 }
 

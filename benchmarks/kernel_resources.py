@@ -24,6 +24,9 @@ from triton.runtime.jit import JITFunction
 
 from benchmarks import common, kernel_cases
 from benchmarks.kernel_cases import PoolCase, ScoreCase
+from flashmem.kernels.compress import compress
+from flashmem.kernels.index_rows import encode_index_rows
+from flashmem.kernels.kv_codec import KVFormatSpec, encode_rows
 from flashmem.kernels.score_chunks import fused as score
 from flashmem.kernels.select_chunks import fused as select
 from flashmem.kernels.select_pages import select_pages
@@ -124,6 +127,11 @@ def variants() -> Iterator[tuple[str, Callable[[], object]]]:
     yield "top-k of 4096, ordered", lambda: _topk(4096, True)
     yield "top-k of 24576", lambda: _topk(24_576, False)
     yield "select pages of 4096", _pages
+    yield "encode index rows", lambda: encode_index_rows(_bf16(1024, kernel_cases.INDEX_DIM), impl="fused")
+    spec = KVFormatSpec("fp8", kernel_cases.HEAD_DIM, kernel_cases.ROPE_DIM)
+    yield "encode fp8 entries", lambda: encode_rows(spec, _bf16(1024, kernel_cases.HEAD_DIM), impl="fused")
+    for slots in (8, 128):
+        yield f"pool {slots} slots", _pool(slots)
     for kv_format in ("fp8", "bf16"):
         for shares in (1, 8):
             for tiles in kernel_cases.attend_tiles(shares):
@@ -153,6 +161,15 @@ def _ranks(precision: Any, tiles: score.Tiles) -> Callable[[], object]:
         return score.score_ranks(*score.prepare_queries(q, w, precision), PoolCase(24_576, 8).keys(META), tiles=tiles)
 
     return launch
+
+
+def _bf16(*shape: int) -> torch.Tensor:
+    return torch.empty(shape, dtype=torch.bfloat16, device=META)
+
+
+def _pool(slots: int) -> Callable[[], object]:
+    kv = _bf16(1024, slots, kernel_cases.HEAD_DIM)
+    return lambda: compress(kv, kv.float(), impl="fused")
 
 
 def _topk(count: int, ordered: bool) -> object:
@@ -189,7 +206,9 @@ def compile_variant(name: str) -> None:
 
 def main() -> int:
     parser = common.parser(__doc__)
-    parser.add_argument("--only", nargs="+", default=[""], metavar="TEXT", help="variants whose name contains one of these")
+    parser.add_argument(
+        "--only", nargs="+", default=[""], metavar="TEXT", help="only variants that contain one of these"
+    )
     args = parser.parse_args()
     started = common.machine()
     triton.runtime.driver.set_active(CompileOnly())
