@@ -6,6 +6,7 @@ D = head_dim, W = window, K = picks.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -35,10 +36,10 @@ SCORE_TILES = {
 }  # fmt: skip
 """Tiles worth timing, by precision."""
 
-ATTEND_TILES = [
-    (64, 32, 8, 1), (64, 64, 8, 1), (64, 32, 8, 2), (64, 64, 8, 2), (64, 32, 8, 3), (32, 32, 8, 1), (16, 32, 4, 2),
-]  # fmt: skip
-"""Heads, keys, warps, stages."""
+ATTEND_TILES = [(64, 32, 8), (64, 16, 8), (64, 64, 8), (32, 32, 8), (32, 32, 4), (16, 32, 4)]
+"""Heads, keys, warps."""
+SHARES = {1: (8, 10, 20), 8: (4, 8, 16), 32: (2, 4, 8), 64: (1, 2, 4)}
+"""Programs that share the keys of one session, by the size of the batch."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +62,7 @@ class ScoreCase:
 
     def keys(self, device: torch.device, *, seed: int = 0) -> PagedRows:
         """Random rows, each session its own, all of the same length."""
-        form = PlanarForm(PAGE_CHUNKS, INDEX_DIM, SCALE_BYTES) if self.planar else index_row_form(INDEX_DIM)
+        form = index_form(self.planar)
         size = (self.chunks // form.page_chunks, form.page_bytes)
         draw = generator(device, seed)
         regions = []
@@ -100,7 +101,7 @@ class PoolCase:
         return slots.view(self.batch, self.pages).to(device)
 
     def keys(self, device: torch.device, *, seed: int = 0) -> PagedRows:
-        form = PlanarForm(PAGE_CHUNKS, INDEX_DIM, SCALE_BYTES)
+        form = index_form(planar=True)
         region = self._region(form.page_bytes, device)
         if device.type != "meta":
             fill_index_rows(form, region, generator(device, seed))
@@ -152,23 +153,33 @@ def attention_flops(batch: int, picks: int) -> int:
 
 
 def attend_tiles(shares: int) -> list[AttendTiles]:
-    return [AttendTiles(heads, keys, shares, warps, stages) for heads, keys, warps, stages in ATTEND_TILES]
+    return [AttendTiles(heads, keys, shares, warps) for heads, keys, warps in ATTEND_TILES]
 
 
-def fill_index_rows(form: PlanarForm, region: torch.Tensor, draw: torch.Generator | None) -> None:
-    chunks = len(region) * form.page_chunks
-    for first in range(0, chunks, 1 << 18):
-        n = torch.arange(first, min(first + (1 << 18), chunks), device=region.device)
+def index_form(planar: bool, dim: int = INDEX_DIM) -> PlanarForm:
+    """Index rows in pages, values first, or one after the other."""
+    return PlanarForm(PAGE_CHUNKS, dim, SCALE_BYTES) if planar else index_row_form(dim)
+
+
+def fill_index_rows(
+    form: PlanarForm, region: torch.Tensor, draw: torch.Generator | None, count: int | None = None
+) -> None:
+    """Random rows in the first `count` places of a region, by default in all."""
+    for n in _places(form, region, count, 1 << 18):
         rows = encode_index_rows(randn(len(n), form.data_bytes, device=region.device, draw=draw))
         put_planar(form, region, n // form.page_chunks, n % form.page_chunks, rows)
 
 
 def fill_entries(spec: KVFormatSpec, form: PlanarForm, region: torch.Tensor, draw: torch.Generator | None) -> None:
-    chunks = len(region) * form.page_chunks
-    for first in range(0, chunks, 1 << 16):
-        n = torch.arange(first, min(first + (1 << 16), chunks), device=region.device)
+    for n in _places(form, region, None, 1 << 16):
         rows = encode_rows(spec, randn(len(n), spec.head_dim, device=region.device, draw=draw))
         put_planar(form, region, n // form.page_chunks, n % form.page_chunks, rows)
+
+
+def _places(form: PlanarForm, region: torch.Tensor, count: int | None, step: int) -> Iterator[torch.Tensor]:
+    count = len(region) * form.page_chunks if count is None else count
+    for first in range(0, count, step):
+        yield torch.arange(first, min(first + step, count), device=region.device)
 
 
 def generator(device: torch.device, seed: int) -> torch.Generator | None:

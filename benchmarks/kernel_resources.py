@@ -24,6 +24,9 @@ from triton.runtime.jit import JITFunction
 
 from benchmarks import common, kernel_cases
 from benchmarks.kernel_cases import PoolCase, ScoreCase
+from flashmem.kernels.compress import compress
+from flashmem.kernels.index_rows import encode_index_rows
+from flashmem.kernels.kv_codec import KVFormatSpec, encode_rows
 from flashmem.kernels.score_chunks import fused as score
 from flashmem.kernels.select_chunks import fused as select
 from flashmem.kernels.select_pages import select_pages
@@ -107,7 +110,9 @@ def variants() -> Iterator[tuple[str, Callable[[], object]]]:
     case = ScoreCase(262_144, 8)
     for precision, all_tiles in kernel_cases.SCORE_TILES.items():
         for tiles in all_tiles:
-            yield f"score pages {precision} {_label(tiles)}", _score(case, precision, tiles)
+            yield f"score pages {precision} {label(tiles)}", _score(case, precision, tiles)
+    one = ScoreCase(262_144, 1, layers=1)
+    yield "score pages fp8, one session and layer", _score(one, "fp8", kernel_cases.SCORE_TILES["fp8"][0])
     rows = ScoreCase(262_144, 8, planar=False)
     for precision in ("fp8", "fp16"):
         yield (
@@ -118,17 +123,24 @@ def variants() -> Iterator[tuple[str, Callable[[], object]]]:
         for tiles in all_tiles:
             if tiles.run == 8:
                 short = score.Tiles(tiles.chunks, 1, tiles.warps, tiles.stages)
-                yield f"score ranks {precision} {_label(short)}", _ranks(precision, short)
+                yield f"score ranks {precision} {label(short)}", _ranks(precision, short)
     yield "top-k of 4096, ordered", lambda: _topk(4096, True)
     yield "top-k of 24576", lambda: _topk(24_576, False)
     yield "select pages of 4096", _pages
+    yield "encode index rows", lambda: encode_index_rows(_bf16(1024, kernel_cases.INDEX_DIM), impl="fused")
+    spec = KVFormatSpec("fp8", kernel_cases.HEAD_DIM, kernel_cases.ROPE_DIM)
+    yield "encode fp8 entries", lambda: encode_rows(spec, _bf16(1024, kernel_cases.HEAD_DIM), impl="fused")
+    for slots in (8, 128):
+        yield f"pool {slots} slots", _pool(slots)
     for kv_format in ("fp8", "bf16"):
         for shares in (1, 8):
             for tiles in kernel_cases.attend_tiles(shares):
-                yield f"attend {kv_format} {_label(tiles)}", _attend(kv_format, tiles)
+                yield f"attend {kv_format} {label(tiles)}", _attend(kv_format, tiles)
+    yield "attend window alone", _attend("bf16", kernel_cases.attend_tiles(1)[0], sources=1)
 
 
-def _label(tiles: Any) -> str:
+def label(tiles: Any) -> str:
+    """The fields of a choice of tiles."""
     return " ".join(f"{name}={getattr(tiles, name)}" for name in tiles.__slots__)
 
 
@@ -151,6 +163,15 @@ def _ranks(precision: Any, tiles: score.Tiles) -> Callable[[], object]:
     return launch
 
 
+def _bf16(*shape: int) -> torch.Tensor:
+    return torch.empty(shape, dtype=torch.bfloat16, device=META)
+
+
+def _pool(slots: int) -> Callable[[], object]:
+    kv = _bf16(1024, slots, kernel_cases.HEAD_DIM)
+    return lambda: compress(kv, kv.float(), impl="fused")
+
+
 def _topk(count: int, ordered: bool) -> object:
     return select.topk_ranks(torch.empty(8, count, dtype=torch.uint32, device=META), 512, ordered=ordered)
 
@@ -164,10 +185,10 @@ def _pages() -> object:
     return select_pages(scores, num_pages, least, most, sink=1, recency=8, above_BP=above, impl="fused")
 
 
-def _attend(kv_format: str, tiles: attention.Tiles) -> Callable[[], object]:
+def _attend(kv_format: str, tiles: attention.Tiles, sources: int = 2) -> Callable[[], object]:
     def launch() -> object:
-        q, sources, sinks = PoolCase(24_576, 8, kv_format).attention(META)
-        return attention.attend_rows_fused(q, sources, sinks, kernel_cases.HEAD_DIM**-0.5, tiles)
+        q, both, sinks = PoolCase(24_576, 8, kv_format).attention(META)
+        return attention.attend_rows_fused(q, both[:sources], sinks, kernel_cases.HEAD_DIM**-0.5, tiles)
 
     return launch
 
@@ -177,15 +198,23 @@ def _cuobjdump(option: str, name: str) -> str:
     return subprocess.run([program, option, name], check=True, capture_output=True, text=True).stdout
 
 
+def compile_variant(name: str) -> None:
+    """Compile one variant into Triton's cache."""
+    triton.runtime.driver.set_active(CompileOnly())
+    compiled_kernels(dict(variants())[name])
+
+
 def main() -> int:
     parser = common.parser(__doc__)
-    parser.add_argument("--only", default="", metavar="TEXT", help="variants whose name contains this")
+    parser.add_argument(
+        "--only", nargs="+", default=[""], metavar="TEXT", help="only variants that contain one of these"
+    )
     args = parser.parse_args()
     started = common.machine()
     triton.runtime.driver.set_active(CompileOnly())
     rows = []
     for name, launch in variants():
-        if args.only in name:
+        if any(text in name for text in args.only):
             for kernel, compiled in compiled_kernels(launch):
                 rows.append({"variant": name, "kernel": kernel, **resources(compiled)})
                 row = rows[-1]

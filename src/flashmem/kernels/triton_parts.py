@@ -44,6 +44,30 @@ def row_pointers(starts, channels, DTYPE: tl.constexpr, ALIGNMENT: tl.constexpr)
 
 
 @triton.jit
+def e4m3_bits(x):
+    """Float32 as e4m3 bytes: nearest, ties to even, saturated at 448; NaN stays NaN.
+
+    In integers, so that every device and the interpreter round alike.
+    """
+    size = tl.minimum(tl.abs(x), 448.0)
+    bits = size.to(tl.uint32, bitcast=True)
+    normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - (120 << 3)
+    # below 2^-6 steps are 2^-9 wide, as those of float32 are from 2^14 on
+    small = (size + 16384.0).to(tl.uint32, bitcast=True) - 0x46800000
+    code = tl.where(size < 0.015625, small, normal)
+    code = tl.where(x != x, 0x7F, code) | ((x.to(tl.uint32, bitcast=True) >> 24) & 0x80)
+    return code.to(tl.uint8)
+
+
+@triton.jit
+def bf16_bits(x):
+    """Float32 as the two bytes of a bfloat16, uint16: nearest, ties to even; in integers for the same reason."""
+    bits = x.to(tl.uint32, bitcast=True)
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    return tl.where(x != x, 0x7FC0, rounded).to(tl.uint16)
+
+
+@triton.jit
 def rank_bits(scores):
     """Float32 scores as uint32 in the same order; 0 is below all of them. -0.0 and 0.0 are one score."""
     bits = (scores + 0.0).to(tl.int32, bitcast=True)

@@ -6,19 +6,31 @@ HCA), D = channels.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 
 from .reference import compress_reference
 
+Impl = Literal["reference", "fused"]
 
-def compress(kv_NRD: torch.Tensor, gate_NRD: torch.Tensor) -> torch.Tensor:
+
+def compress(kv_NRD: torch.Tensor, gate_NRD: torch.Tensor, *, impl: Impl | None = None) -> torch.Tensor:
     """Return pooled entries [N, D] in kv's dtype; a gate of -inf removes its slot (each channel needs one finite gate).
 
-    Source: DeepSeek-V4 report, equations 9-12 and 20-23. Softmax and sum run in float32.
+    Source: DeepSeek-V4 report, equations 9-12 and 20-23. Softmax and sum run in float32. The fused version (Triton)
+    takes at most 256 slots.
     """
     if kv_NRD.shape != gate_NRD.shape:
         raise ValueError(f"kv {tuple(kv_NRD.shape)} and gate {tuple(gate_NRD.shape)} differ in shape")
-    return compress_reference(kv_NRD, gate_NRD)
+    impl = impl or "reference"
+    if impl == "reference" or (impl == "fused" and not kv_NRD.numel()):
+        return compress_reference(kv_NRD, gate_NRD)
+    if impl == "fused":
+        from .fused import compress_fused  # needs triton
+
+        return compress_fused(kv_NRD, gate_NRD)
+    raise ValueError(f"unknown impl {impl!r}; choose 'reference' or 'fused'")
 
 
 __all__ = ["compress"]

@@ -6,6 +6,8 @@ are trained on. Shape letters: N = chunks, I = index_head_dim.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 
 from .reference import (
@@ -14,6 +16,8 @@ from .reference import (
     hadamard_reference,
     split_index_rows_reference,
 )
+
+Impl = Literal["reference", "fused"]
 
 SCALE_BYTES = 4
 
@@ -27,12 +31,21 @@ def hadamard(x: torch.Tensor) -> torch.Tensor:
     return hadamard_reference(x)
 
 
-def encode_index_rows(keys_NI: torch.Tensor) -> torch.Tensor:
-    """Pack unrotated index keys [..., I] into rows uint8 [..., I + 4]."""
+def encode_index_rows(keys_NI: torch.Tensor, *, impl: Impl | None = None) -> torch.Tensor:
+    """Pack unrotated index keys [..., I] into rows uint8 [..., I + 4].
+
+    The fused version (Triton) gives the same bytes, for a power of two of channels.
+    """
     if not keys_NI.is_floating_point():
         raise ValueError(f"index keys must be floating point, got {keys_NI.dtype}")
     if not keys_NI.numel():  # torch cannot reinterpret the bytes of an empty tensor
         return keys_NI.new_empty((*keys_NI.shape[:-1], keys_NI.shape[-1] + SCALE_BYTES), dtype=torch.uint8)
+    if (impl or "reference") == "fused":
+        from .fused import encode_index_rows_fused  # needs triton
+
+        return encode_index_rows_fused(keys_NI)
+    if impl not in (None, "reference"):
+        raise ValueError(f"unknown impl {impl!r}; choose 'reference' or 'fused'")
     return encode_index_rows_reference(keys_NI)
 
 

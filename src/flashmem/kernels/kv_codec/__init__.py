@@ -26,6 +26,7 @@ from .reference import (
 )
 
 Format = Literal["fp32", "bf16", "fp8"]
+Impl = Literal["reference", "fused"]
 
 FP8_PAGE_MULTIPLE = 576
 """An fp8 page is padded to a multiple of this many bytes."""
@@ -98,19 +99,27 @@ class KVFormatSpec:
         return self.planar(page_chunks).page_bytes
 
 
-def encode_rows(spec: KVFormatSpec, kv: torch.Tensor) -> torch.Tensor:
+def encode_rows(spec: KVFormatSpec, kv: torch.Tensor, *, impl: Impl | None = None) -> torch.Tensor:
     """Pack entries [..., D] into rows uint8 [..., E].
 
     Values are not checked: in fp8, infinities and NaN come back in their own places, and the other values of such a
-    block are lost to rounding or saturation.
+    block are lost to rounding or saturation. The fused version (Triton) gives the same bytes; it is for fp8 with an
+    even number of plain channels, and changes nothing for exact formats.
     """
+    if impl not in (None, "reference", "fused"):
+        raise ValueError(f"unknown impl {impl!r}; choose 'reference' or 'fused'")
     if not kv.is_floating_point() or kv.shape[-1] != spec.head_dim:
         raise ValueError(f"entries must be floating point [..., {spec.head_dim}], got {kv.dtype} {tuple(kv.shape)}")
     if not kv.numel():  # torch cannot reinterpret the bytes of an empty tensor
         return kv.new_empty((*kv.shape[:-1], spec.entry_bytes), dtype=torch.uint8)
     if spec.exact_dtype is not None:
         return kv.to(spec.exact_dtype).contiguous().view(torch.uint8)
-    rows_NE = encode_fp8_reference(kv.reshape(-1, spec.head_dim), spec.rope_dim, spec.scale_bytes)
+    encode = encode_fp8_reference
+    if impl == "fused":
+        from .fused import encode_fp8_fused  # needs triton
+
+        encode = encode_fp8_fused
+    rows_NE = encode(kv.reshape(-1, spec.head_dim), spec.rope_dim, spec.scale_bytes)
     return rows_NE.view(*kv.shape[:-1], spec.entry_bytes)
 
 

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from ..paged import PagedRows
-from ..triton_parts import max_or_nan, rank_bits, row_pointers, row_starts
+from ..triton_parts import bf16_bits, e4m3_bits, max_or_nan, rank_bits, row_pointers, row_starts
 
 Precision = Literal["fp8", "fp8x2", "fp16", "bf16", "fp32"]
 """How a query enters the product: e4m3 with a scale per head, a sum of two such, or a wider type. The keys' own values
@@ -199,13 +199,19 @@ def _prepare_kernel(
     w = tl.load(w_ptr + query * HEADS + heads, mask=heads < HEADS, other=0.0).to(tl.float32)
     if LIMIT > 0:
         scale = tl.maximum(tl.max(tl.abs(q), axis=1), 1e-4) * (1 / LIMIT)
-        q = q / scale[:, None]
+        q = tl.div_rn(q, tl.broadcast_to(scale[:, None], (BLOCK_HEADS, BLOCK_CHANNELS)))
         w = w * scale
     out = q_out_ptr + query.to(tl.int64) * (TERMS * size) + at
-    rounded = q.to(q_out_ptr.dtype.element_ty)
-    tl.store(out, rounded, mask=inside)
-    if TERMS == 2:
-        tl.store(out + size, (q - rounded.to(tl.float32)).to(q_out_ptr.dtype.element_ty), mask=inside)
+    if q_out_ptr.dtype.element_ty == tl.float8e4nv:
+        rounded = e4m3_bits(q).to(tl.float8e4nv, bitcast=True)
+        tl.store(out, rounded, mask=inside)
+        if TERMS == 2:
+            rest = e4m3_bits(q - rounded.to(tl.float32)).to(tl.float8e4nv, bitcast=True)
+            tl.store(out + size, rest, mask=inside)
+    elif q_out_ptr.dtype.element_ty == tl.bfloat16:
+        tl.store(out, bf16_bits(q).to(tl.bfloat16, bitcast=True), mask=inside)
+    else:
+        tl.store(out, q.to(q_out_ptr.dtype.element_ty), mask=inside)
     tl.store(w_out_ptr + query * HEADS + heads, 0.5 * w, mask=heads < HEADS)
 
 

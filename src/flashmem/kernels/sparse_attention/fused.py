@@ -33,7 +33,10 @@ _EXACT = {torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
 @dataclass(frozen=True, slots=True)
 class Tiles:
-    """How the work is cut: heads and keys of one product, and programs that share the keys of one session."""
+    """How the work is cut: heads and keys of one product, and programs that share the keys of one session.
+
+    `stages` matters for a single source only: with two, loads are not pipelined.
+    """
 
     heads: int
     keys: int
@@ -81,7 +84,7 @@ def attend_rows_fused(
         *_arguments(sources[0]), *_arguments(sources[last]),
         FIRST=forms[0], SECOND=forms[1] if last else None,
         HEADS=heads, HEAD_DIM=head_dim, BLOCK_HEADS=block_heads, BLOCK_DIM=max(64, triton.next_power_of_2(head_dim)),
-        BLOCK_KEYS=tiles.keys, SHARES=shares, STAGES=tiles.stages, LOG2_E=LOG2_E, num_warps=tiles.warps,
+        BLOCK_KEYS=tiles.keys, SHARES=shares, LOG2_E=LOG2_E, num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
     if shares > 1:
         _merge_kernel[(heads, batch)](
@@ -253,7 +256,7 @@ def _attend_kernel(
     addresses2_ptr, numbers2_ptr, picks2_ptr, counts2_ptr, table_width2, picks_width2,
     FIRST: tl.constexpr, SECOND: tl.constexpr, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_HEADS: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_KEYS: tl.constexpr, SHARES: tl.constexpr,
-    STAGES: tl.constexpr, LOG2_E: tl.constexpr,
+    LOG2_E: tl.constexpr,
 ):  # fmt: skip
     share = tl.program_id(0)
     b = tl.program_id(1)
