@@ -74,8 +74,8 @@ class Answer:
 
     tokens: list[int] = field(default_factory=list)
     cycles: list[dict[str, int]] = field(default_factory=list)
-    """Per cycle: decode step, pages, bytes in both accountings."""
-    resident: list[tuple[int, ...]] = field(default_factory=list)
+    """Per cycle: decode step, pages selected, and after that step pages and bytes held, in both accountings."""
+    selected: list[tuple[int, ...]] = field(default_factory=list)
     """Pages on the device at the start of each cycle."""
     eligible: list[tuple[int, ...]] = field(default_factory=list)
     """Pages that a policy could win or lose in each cycle."""
@@ -315,7 +315,7 @@ def _run_group(
         for contender in phase:
             if contender.label == "lsa":
                 for reference, answer in zip(references, answers[contender.key], strict=True):
-                    reference.budgets = [cycle["pages"] for cycle in answer.cycles]
+                    reference.budgets = [cycle["selected"] for cycle in answer.cycles]
     seconds = (time.perf_counter() - started) / len(group)
     for index, item in enumerate(group):
         for contender in contenders:
@@ -413,6 +413,7 @@ class _Watcher:
         self.answer.cycles.append(
             {
                 "step": step,
+                "selected": len(session.cycle.selection.pages),
                 "pages": stats["resident_pages"],
                 "paper": stats["resident_bytes_paper"],
                 "full_paper": stats["full_bytes_paper"],
@@ -420,9 +421,12 @@ class _Watcher:
                 "full_all_in": stats["full_bytes_all_in"],
             }
         )
-        config, pages = session.cycle.config, session.pages.num_pages
+        config, engine = session.cycle.config, session.engine
+        # the cycle began before the step that has run since: that one may have opened a page
+        chunks = (session.state.position - bool(step)) // engine.geometry.csa_ratio
+        pages = -(-chunks // config.page_chunks)
         always = set(always_kept(pages, config.sink_pages, config.recency_pages))
-        self.answer.resident.append(session.pages.resident)
+        self.answer.selected.append(session.cycle.selection.pages)
         self.answer.eligible.append(tuple(page for page in range(pages) if page not in always))
 
 
@@ -487,7 +491,7 @@ def _row(
         "context_tokens": answer.stats["tokens"] - len(answer.tokens) + 1,
         "cycles": answer.cycles,
         "bytes": held,
-        "evidence_recall": evidence_recall(item, answer.resident[0], engine),
+        "evidence_recall": evidence_recall(item, answer.selected[0], engine),
         "mass_recall": mass_recall(answer, reference.masses),
         "moved_bytes": answer.moved_bytes,
         "widened": answer.stats["widened"],
@@ -509,8 +513,8 @@ def evidence_recall(item: Item, resident: Sequence[int], engine: Engine) -> floa
 def mass_recall(answer: Answer, masses: Sequence[torch.Tensor]) -> float | None:
     """Share of the full run's attention to eligible pages that fell on resident ones, over the cycles of both runs."""
     kept = whole = 0.0
-    for resident, eligible, mass in zip(answer.resident, answer.eligible, masses, strict=False):
-        there = set(resident)
+    for selected, eligible, mass in zip(answer.selected, answer.eligible, masses, strict=False):
+        there = set(selected)
         pages = [page for page in eligible if page < len(mass)]
         whole += float(mass[pages].sum())
         kept += float(mass[[page for page in pages if page in there]].sum())

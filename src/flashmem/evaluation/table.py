@@ -71,11 +71,12 @@ def introduction(metrics: Metrics) -> list[str]:
     rule = f"{percent(lsa['keep'])} % of pages" if lsa["keep"] is not None else f"threshold {lsa['threshold']}"
     filler = run["made"].get("filler")
     made_by = metrics["environments"][0]
+    hardware = ", ".join(made_by["gpus"]) or made_by["cpu"]
     lines = [
         f"{metrics['samples']:,} of {run['samples']:,} answers. LSA: {rule}, pages of {lsa['page_chunks']} chunks, tau "
-        f"{lsa['tau']}, {lsa['sink_pages']} sink and {lsa['recency_pages']} recency pages. "
-        f"Model {run['model_name']} {run['model']}, indexer {run['indexer']}, {run['dtype']} on {', '.join(made_by['gpus']) or made_by['cpu']}, items "
-        f"{run['items_sha256'][:16]}" + (f" (filler: {filler})." if filler else "."),
+        f"{lsa['tau']}, {lsa['sink_pages']} sink and {lsa['recency_pages']} recency pages. Model {run['model_name']} "
+        f"{run['model']}, indexer {run['indexer']}, {run['dtype']} on {hardware}, items {run['items_sha256'][:16]}"
+        + (f" (filler: {filler})." if filler else "."),
         "Policies at @match hold, item by item and cycle by cycle, as many pages as LSA. Accuracies are mean scores in "
         "percent; policies with several seeds are means over them. The first token of an answer follows from the "
         "question's prefill, which reads the whole history under every policy.",
