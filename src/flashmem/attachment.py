@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -163,35 +164,50 @@ def _engine_of(model: Any) -> Engine:
     return engine
 
 
-def _cache_and_ids(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[LSACache | None, Any]:
-    cache = kwargs.get("past_key_values", kwargs.get("cache"))
-    ids = kwargs.get("input_ids", args[0] if args else None)
-    return (cache if isinstance(cache, LSACache) else None), ids
-
-
 def _before_forward(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
-    cache, ids = _cache_and_ids(args, kwargs)
+    named = dict(zip(inspect.signature(model.forward).parameters, args, strict=False)) | kwargs
+    cache = _cache_of(named)
     if cache is None:
         return None
     if cache.engine is not getattr(model, "_flashmem", None):
         raise ValueError("this LSACache was made for another model, or before flashmem was detached")
+    ids = named.get("input_ids")
     if ids is None:
         raise ValueError("flashmem needs input_ids; inputs_embeds alone is not supported")
+    if not ids.shape[1]:
+        raise ValueError("flashmem needs at least one token per row")
     if torch.is_grad_enabled():
         raise ValueError("an LSACache is for inference: call the model under torch.no_grad()")
-    mask = kwargs.get("attention_mask")
-    if isinstance(mask, torch.Tensor) and mask.dim() == 2 and not bool(mask.bool().all()):
-        raise ValueError("flashmem does not run padded batches: pad tokens would be compressed into the memory")
+    asked = named.get("output_attentions")
+    if asked or (asked is None and getattr(model.config, "output_attentions", False)):
+        raise ValueError("flashmem has no attention weights to return: leave output_attentions off")
+    _check_mask(named.get("attention_mask"))
     start = cache.get_seq_length()
     wanted = torch.arange(start, start + ids.shape[1], device=ids.device)
-    positions = kwargs.get("position_ids")
+    positions = named.get("position_ids")
     if positions is not None and not bool((positions.to(ids.device) == wanted).all()):
         raise ValueError(f"position_ids must continue the cache at {start}, got {positions.flatten()[:4].tolist()}...")
     cache.begin(ids)
-    return args, kwargs | {"attention_mask": {"none": None}, "position_ids": wanted[None].expand(len(ids), -1)}
+    return (), named | {"attention_mask": {"none": None}, "position_ids": wanted[None].expand(len(ids), -1)}
 
 
 def _after_forward(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-    cache, ids = _cache_and_ids(args, kwargs)
+    cache = _cache_of(kwargs)  # as the hook before the forward left them: all by name
     if cache is not None:
-        cache.end(ids)
+        cache.end(kwargs["input_ids"])
+
+
+def _cache_of(named: dict[str, Any]) -> LSACache | None:
+    """The LSACache among a forward's arguments, under its name in older or newer transformers."""
+    found = (named.get(name) for name in ("past_key_values", "cache"))
+    return next((cache for cache in found if isinstance(cache, LSACache)), None)
+
+
+def _check_mask(mask: Any) -> None:
+    """Only a mask that masks nothing can be honoured."""
+    if mask is None:
+        return
+    if not isinstance(mask, torch.Tensor) or mask.dim() != 2:
+        raise ValueError("flashmem makes its own masks: give a 2-dimensional attention_mask of ones, or none")
+    if not bool(mask.bool().all()):
+        raise ValueError("flashmem does not run padded batches: pad tokens would be compressed into the memory")

@@ -1,13 +1,16 @@
 """Every setting, frozen and validated on construction. Imports nothing from the package.
 
-`ModelGeometry` is what flashmem needs to know of a DeepSeek-V4 model; `LSAConfig` is what a user may choose.
+`ModelGeometry` is what flashmem needs to know of a DeepSeek-V4 model; `LSAConfig` is what a user may choose, and
+`ModelDefaults` what a model directory chooses where the user does not.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +23,8 @@ _KIND_OF_LAYER_TYPE: Mapping[str, LayerKind] = {
     "heavily_compressed_attention": "hca",
 }
 _KIND_OF_RATIO: Mapping[int, LayerKind] = {0: "window", 4: "csa", 128: "hca"}
+
+_NUMBERS: Mapping[str, type[Any]] = {"int": Integral, "float": Real}
 
 PUBLISHED_TARGETS = (10, 12, 20)
 """CSA indices that the published Memory Indexer reads (transformer layers 22, 26 and 42 of V4-Flash)."""
@@ -74,9 +79,9 @@ class ModelGeometry:
 
     def __post_init__(self) -> None:
         for item in fields(self):
-            value = getattr(self, item.name)
-            if isinstance(value, int) and value < 0:
-                raise ValueError(f"{item.name} must not be negative, got {value}")
+            value, least = getattr(self, item.name), 0 if item.name == "num_shared_experts" else 1
+            if isinstance(value, int) and value < least:
+                raise ValueError(f"{item.name} must be at least {least}, got {value}")
         if "csa" not in self.layer_kinds:
             raise ValueError("the model has no CSA layer: there is nothing for flashmem to page")
         if self.compress_rope.dim > min(self.head_dim, self.index_head_dim):
@@ -116,37 +121,31 @@ class ModelGeometry:
         if config.get("model_type") != "deepseek_v4":
             raise ValueError(f"model_type must be 'deepseek_v4', got {config.get('model_type')!r}")
 
-        def need(key: str) -> Any:
-            if config.get(key) is None:
-                raise ValueError(f"the model config lacks {key!r}")
-            return config[key]
-
-        num_layers = int(need("num_hidden_layers"))
-        head_dim = int(need("head_dim"))
-        rates = config.get("compress_rates") or {}
+        head_dim = _int(config, "head_dim")
+        rates = _mapping(config, "compress_rates")
         return cls(
-            layer_kinds=_layer_kinds(config, num_layers),
-            hidden_size=int(need("hidden_size")),
-            vocab_size=int(need("vocab_size")),
-            num_heads=int(need("num_attention_heads")),
+            layer_kinds=_layer_kinds(config, _int(config, "num_hidden_layers")),
+            hidden_size=_int(config, "hidden_size"),
+            vocab_size=_int(config, "vocab_size"),
+            num_heads=_int(config, "num_attention_heads"),
             head_dim=head_dim,
-            q_lora_rank=int(need("q_lora_rank")),
-            o_groups=int(need("o_groups")),
-            o_lora_rank=int(need("o_lora_rank")),
-            sliding_window=int(need("sliding_window")),
-            csa_ratio=int(rates.get("compressed_sparse_attention", config.get("compress_rate_csa", 4))),
-            hca_ratio=int(rates.get("heavily_compressed_attention", config.get("compress_rate_hca", 128))),
-            index_heads=int(need("index_n_heads")),
-            index_head_dim=int(need("index_head_dim")),
-            index_topk=int(need("index_topk")),
+            q_lora_rank=_int(config, "q_lora_rank"),
+            o_groups=_int(config, "o_groups"),
+            o_lora_rank=_int(config, "o_lora_rank"),
+            sliding_window=_int(config, "sliding_window"),
+            csa_ratio=_int(rates, "compressed_sparse_attention", _int(config, "compress_rate_csa", 4)),
+            hca_ratio=_int(rates, "heavily_compressed_attention", _int(config, "compress_rate_hca", 128)),
+            index_heads=_int(config, "index_n_heads"),
+            index_head_dim=_int(config, "index_head_dim"),
+            index_topk=_int(config, "index_topk"),
             compress_rope=_compress_rope(config, head_dim),
-            rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),
-            hc_mult=int(config.get("hc_mult", 4)),
-            moe_intermediate_size=int(need("moe_intermediate_size")),
-            num_experts=int(need("n_routed_experts")),
-            num_experts_per_token=int(need("num_experts_per_tok")),
-            num_shared_experts=int(config.get("n_shared_experts", 1)),
-            max_positions=int(config.get("max_position_embeddings", 1_048_576)),
+            rms_norm_eps=_float(config, "rms_norm_eps", 1e-6),
+            hc_mult=_int(config, "hc_mult", 4),
+            moe_intermediate_size=_int(config, "moe_intermediate_size"),
+            num_experts=_int(config, "n_routed_experts"),
+            num_experts_per_token=_int(config, "num_experts_per_tok"),
+            num_shared_experts=_int(config, "n_shared_experts", 1),
+            max_positions=_int(config, "max_position_embeddings", 1_048_576),
         )
 
     @classmethod
@@ -158,7 +157,7 @@ class ModelGeometry:
             raise ValueError(f"no model config at {path}")
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path} is not JSON: {error}") from error
         if not isinstance(values, dict):
             raise ValueError(f"{path} is no model config: it holds no JSON object")
@@ -166,27 +165,26 @@ class ModelGeometry:
 
 
 def _layer_kinds(config: Mapping[str, Any], num_layers: int) -> tuple[LayerKind, ...]:
-    if config.get("layer_types") is not None:
-        names, table = list(config["layer_types"]), _KIND_OF_LAYER_TYPE
-    elif config.get("compress_ratios") is not None:
-        names, table = list(config["compress_ratios"]), _KIND_OF_RATIO  # type: ignore[assignment]
-    else:
+    tables: dict[str, Mapping[Any, LayerKind]] = {"layer_types": _KIND_OF_LAYER_TYPE, "compress_ratios": _KIND_OF_RATIO}
+    key = next((key for key in tables if config.get(key) is not None), None)
+    if key is None:
         raise ValueError("the model config has neither 'layer_types' nor 'compress_ratios'")
-    if len(names) < num_layers:
-        raise ValueError(f"{len(names)} layer types for {num_layers} layers")
-    if unknown := sorted({str(name) for name in names[:num_layers] if name not in table}):
-        raise ValueError(f"unknown layer types: {', '.join(unknown)}")
+    names, table = config[key], tables[key]
+    if not isinstance(names, Sequence) or isinstance(names, str) or len(names) < num_layers:
+        raise ValueError(f"{key} must be a list of {num_layers} layers, got {names!r}")
+    if unknown := sorted({repr(name) for name in names[:num_layers] if not isinstance(name, str | int)
+                          or name not in table}):  # fmt: skip
+        raise ValueError(f"unknown {key}: {', '.join(unknown)}")
     return tuple(table[name] for name in names[:num_layers])  # a trailing entry belongs to the MTP layer
 
 
 def _compress_rope(config: Mapping[str, Any], head_dim: int) -> RopeConfig:
-    nested = (config.get("rope_parameters") or {}).get("compress")
-    flat = nested or config.get("rope_scaling") or config.get("rope_parameters") or {}
-    if config.get("qk_rope_head_dim") is not None:
-        dim = int(config["qk_rope_head_dim"])
-    else:
-        dim = int(head_dim * (config.get("partial_rotary_factor") or flat.get("partial_rotary_factor") or 64 / 512))
-    theta = float((nested or {}).get("rope_theta") or config.get("compress_rope_theta") or 160_000.0)
+    given = _mapping(config, "rope_parameters")
+    nested = _mapping(given, "compress")
+    flat = nested or _mapping(config, "rope_scaling") or given
+    theta = _float(nested, "rope_theta", _float(config, "compress_rope_theta", 160_000.0))
+    partial = _float(config, "partial_rotary_factor", _float(flat, "partial_rotary_factor", 64 / 512))
+    dim = _int(config, "qk_rope_head_dim", int(head_dim * partial))
     kind = flat.get("rope_type", flat.get("type", "default"))
     if kind == "default":
         return RopeConfig(theta=theta, dim=dim)
@@ -195,11 +193,40 @@ def _compress_rope(config: Mapping[str, Any], head_dim: int) -> RopeConfig:
     return RopeConfig(
         theta=theta,
         dim=dim,
-        factor=float(flat["factor"]),
-        original_positions=int(flat["original_max_position_embeddings"]),
-        beta_fast=float(flat.get("beta_fast", 32)),
-        beta_slow=float(flat.get("beta_slow", 1)),
+        factor=_float(flat, "factor"),
+        original_positions=_int(flat, "original_max_position_embeddings"),
+        beta_fast=_float(flat, "beta_fast", 32),
+        beta_slow=_float(flat, "beta_slow", 1),
     )
+
+
+def _int(values: Mapping[str, Any], key: str, default: int | None = None) -> int:
+    """A whole number of a config file; raises ValueError that names its key."""
+    value = default if values.get(key) is None else values[key]
+    if value is None:
+        raise ValueError(f"the model config lacks {key!r}")
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError(f"{key} must be an integer, got {value!r}")
+    return value
+
+
+def _float(values: Mapping[str, Any], key: str, default: float | None = None) -> float:
+    value = default if values.get(key) is None else values[key]
+    if value is None:
+        raise ValueError(f"the model config lacks {key!r}")
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"{key} must be a number, got {value!r}")
+    return float(value)
+
+
+def _mapping(values: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """A nested object of a config file, empty where there is none."""
+    value = values.get(key)
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{key} must be an object, got {value!r}")
+    return value
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -251,6 +278,7 @@ class LSAConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        self._check_types()
         if self.page_chunks < 4 or self.page_chunks & (self.page_chunks - 1):
             raise ValueError(f"page_chunks must be a power of two from 4, got {self.page_chunks}")
         for name in ("tau", "rescue_interval", "prefill_chunk", "recency_pages", "max_sessions"):
@@ -281,6 +309,20 @@ class LSAConfig:
         if self.disk_budget_bytes is not None and self.disk_path is None:
             raise ValueError("disk_budget_bytes needs disk_path")
 
+    def _check_types(self) -> None:
+        """Settings also come from files: raise ValueError where a number is none."""
+        for item in fields(self):
+            kind = str(item.type).removesuffix(" | None")
+            value = getattr(self, item.name)
+            if value is None and "None" in str(item.type):
+                continue
+            if kind in ("int", "float") and (isinstance(value, bool) or not isinstance(value, _NUMBERS[kind])):
+                raise ValueError(f"{item.name} must be {'an integer' if kind == 'int' else 'a number'}, got {value!r}")
+            if kind == "bool" and not isinstance(value, bool):
+                raise ValueError(f"{item.name} must be true or false, got {value!r}")
+            if kind == "str" and not isinstance(value, str):
+                raise ValueError(f"{item.name} must be a text, got {value!r}")
+
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> LSAConfig:
         names = {item.name for item in fields(cls)}
@@ -289,4 +331,85 @@ class LSAConfig:
         return cls(**values)
 
 
-__all__ = ["PUBLISHED_TARGETS", "KVFormat", "LSAConfig", "LayerKind", "ModelGeometry", "RopeConfig"]
+def check_sampling(*, max_new_tokens: int = 1, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0) -> None:
+    """Raise ValueError for decoding options that mean nothing."""
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature must be a finite number from 0, got {temperature}")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p must lie in (0, 1], got {top_p}")
+    if not -(1 << 63) <= seed < 1 << 63:
+        raise ValueError(f"seed must fit into 64 bits, got {seed}")
+
+
+MODEL_DEFAULTS = "flashmem.json"
+_NOT_OF_A_MODEL = (
+    "device_budget_bytes", "max_sessions", "host_budget_bytes", "disk_budget_bytes", "disk_path", "seed",
+)  # fmt: skip
+"""What belongs to a machine or a run: a directory from elsewhere must not choose where we write."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelDefaults:
+    """What a model directory says about its use: an optional `flashmem.json` beside `config.json`."""
+
+    lsa: Mapping[str, Any] = field(default_factory=dict)
+    """Settings of `LSAConfig`, by name, for whoever gives no others."""
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """Type to load the weights in where none is given; 'auto' is the checkpoint's own."""
+    question: str = "{question}"
+    """The form in which `flashmem ask` and `flashmem chat` put a question to this model."""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.lsa, Mapping) or not isinstance(self.question, str):
+            raise ValueError("lsa must be an object and question a text")
+        if self.dtype not in ("auto", "bfloat16", "float32"):
+            raise ValueError(f"dtype must be 'auto', 'bfloat16' or 'float32', got {self.dtype!r}")
+        if wrong := sorted(self.lsa.keys() & set(_NOT_OF_A_MODEL)):
+            raise ValueError(f"a model must not set {', '.join(wrong)}")
+        if self.question.count("{question}") != 1:
+            raise ValueError(f"question must hold {{question}} once, got {self.question!r}")
+        self.config()
+
+    def config(self, **given: Any) -> LSAConfig:
+        """The given settings and, for what is not given, the model's. Raises ValueError for unknown or bad ones.
+
+        A given threshold asks for the threshold rule: the model's `keep` is no part of it.
+        """
+        dropped = {"keep"} if "threshold" in given and "keep" not in given else set()
+        own = {name: value for name, value in self.lsa.items() if name not in dropped}
+        return LSAConfig.from_mapping(own | given)
+
+    def ask(self, question: str) -> str:
+        """A question in the model's form."""
+        return self.question.replace("{question}", question)
+
+    @classmethod
+    def of(cls, model: str | Path) -> ModelDefaults:
+        """Read a local model directory's file; defaults of our own where there is none, or the model is a hub name."""
+        path = Path(model) / MODEL_DEFAULTS
+        if not path.is_file():
+            return cls()
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(values, dict):
+                raise ValueError("it holds no JSON object")
+            if unknown := sorted(values.keys() - {item.name for item in fields(cls)}):
+                raise ValueError(f"unknown entries {', '.join(unknown)}")
+            return cls(**values)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+
+
+__all__ = [
+    "MODEL_DEFAULTS",
+    "PUBLISHED_TARGETS",
+    "KVFormat",
+    "LSAConfig",
+    "LayerKind",
+    "ModelDefaults",
+    "ModelGeometry",
+    "RopeConfig",
+    "check_sampling",
+]

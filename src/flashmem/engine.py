@@ -14,7 +14,7 @@ import torch
 from . import accounting
 from .backbone import Backbone, StatePool, load_model
 from .backbone.steps import DecodeStep, PickObserver, PrefillStep
-from .config import LSAConfig
+from .config import LSAConfig, ModelDefaults, ModelGeometry, check_sampling
 from .indexer import MemoryIndexer
 from .kernels.kv_codec import KVFormatSpec
 from .lookahead import Cycle, SlotShare
@@ -61,6 +61,7 @@ class Engine:
     def _build(self, model: Any, indexer: MemoryIndexer | None) -> None:
         config, backbone, g = self.config, self.backbone, self.backbone.geometry
         self.geometry = g
+        _check_fits(config, g)
         kv_format = _resolve_format(config, backbone.dtype)
         targets = indexer.target_layers if indexer is not None else g.default_targets()
         if targets[-1] >= len(g.csa_layers):
@@ -115,8 +116,13 @@ class Engine:
 
         `device` is where the whole model goes (CUDA if there is one); `device_map` spreads layers instead.
         `model_arguments` go to transformers' `from_pretrained` (quantization_config, revision, max_memory, ...).
-        An `indexer/` folder in a local model directory is used where no indexer is given.
+        An `indexer/` folder in a local model directory is used where no indexer is given, and its `flashmem.json`
+        (`ModelDefaults`) where no config is, or where dtype is "auto".
         """
+        defaults = ModelDefaults.of(model_dir)
+        config = config or defaults.config()
+        dtype = defaults.dtype if dtype == "auto" else dtype
+        make_policy(config)  # before a big model is loaded for nothing
         bundled = Path(model_dir) / "indexer"
         if indexer is None and bundled.is_dir():
             indexer = bundled
@@ -129,10 +135,10 @@ class Engine:
 
     @classmethod
     def demo(cls, *, config: LSAConfig | None = None, device: str | torch.device | None = None) -> Engine:
-        """Load the small model that flashmem ships (docs/models/demo.md), in float32, on the CPU by default."""
+        """Load the small model that flashmem ships (docs/models/demo.md), on the CPU by default."""
         directory = accounting.shipped_model()
         assert directory is not None, "the package lacks its model"
-        return cls.from_pretrained(directory, config=config, device=device or "cpu", dtype=torch.float32)
+        return cls.from_pretrained(directory, config=config, device=device or "cpu")
 
     def session(self) -> Session:
         """Open an empty session; raises BudgetError's base where `max_sessions` are open under a device budget."""
@@ -198,6 +204,7 @@ class Engine:
 
     def generate(self, sessions: Sequence[Session], *, max_new_tokens: int = 64, **sampling: Any) -> list[list[int]]:
         """Continue several sessions in ragged batches; returns the new token ids of each, greedy by default."""
+        check_sampling(max_new_tokens=max_new_tokens, **sampling)
         streams = [session._sampler(**sampling) for session in sessions]
         new: list[list[int]] = [[] for _ in sessions]
         live = list(range(len(sessions)))
@@ -357,8 +364,7 @@ class Session:
         self, prompt: str | Sequence[int] | None = None, *, max_new_tokens: int = 64, **sampling: Any
     ) -> Iterator[int]:
         """As `generate`, yielding token ids as they are decided."""
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+        check_sampling(max_new_tokens=max_new_tokens, **sampling)
         choose = self._sampler(**sampling)
         if prompt is not None:
             self.append(prompt)
@@ -499,15 +505,14 @@ class Session:
     def _sampler(
         self, *, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0
     ) -> Callable[[torch.Tensor | None], int]:
-        if temperature < 0 or not 0 < top_p <= 1:
-            raise ValueError(f"temperature must be >= 0 and top_p in (0, 1], got {temperature} and {top_p}")
         generator = torch.Generator().manual_seed(seed)
 
         def choose(logits: torch.Tensor | None) -> int:
             assert logits is not None
             if temperature == 0:
                 return int(logits.argmax())
-            probabilities, order = (logits.cpu() / temperature).softmax(-1).sort(descending=True)
+            scaled = (logits - logits.max()).cpu().double() / temperature  # at most 0: no temperature overflows it
+            probabilities, order = scaled.softmax(-1).sort(descending=True)
             probabilities[probabilities.cumsum(-1) - probabilities >= top_p] = 0
             return int(order[torch.multinomial(probabilities, 1, generator=generator)])
 
@@ -593,6 +598,17 @@ def _resolve_format(config: LSAConfig, dtype: torch.dtype) -> Any:
     if config.kv_format != "fp8":
         raise ValueError(f"kv_format {config.kv_format!r} does not fit a {dtype} model; choose 'auto' or 'fp8'")
     return "fp8"
+
+
+def _check_fits(config: LSAConfig, geometry: ModelGeometry) -> None:
+    """A page or a window beyond the model's longest text is a slip, and would be allocated."""
+    longest = geometry.max_positions
+    for name, tokens in (
+        ("page_chunks", config.page_chunks * geometry.csa_ratio),
+        ("observation_window", config.observation_window or 1),
+    ):
+        if tokens > longest:
+            raise ValueError(f"{name} {getattr(config, name)}: {tokens} tokens exceed the model's {longest} positions")
 
 
 def _check_indexer(indexer: MemoryIndexer, backbone: Backbone) -> None:

@@ -12,7 +12,7 @@ import torch
 import flashmem
 from flashmem.backbone import random_model
 from flashmem.capture.format import Document, ShardReader, file_name
-from flashmem.capture.labels import sample_queries
+from flashmem.capture.labels import Query, sample_queries, windows
 from flashmem.capture.prompts import Evidence, Prompt
 from flashmem.capture.runner import NATIVE, CaptureConfig, CaptureSummary, capture, engine_for, open_shards
 from flashmem.kernels.index_rows import decode_index_rows, hadamard
@@ -120,14 +120,46 @@ def test_queries_stand_at_the_end_of_the_prompt_and_at_boundaries(tmp_path: Path
 
 
 def test_query_sampling() -> None:
-    assert sample_queries(10, 0, 8, 5, 0, "a") == []
-    assert sample_queries(10, 3, 8, 5, 0, "a") == [10, 11, 12]
-    assert sample_queries(10, 30, 8, 4, 0, "a") == [10, 18, 26, 34]
-    few = sample_queries(10, 300, 8, 4, 0, "a")
+    def positions(steps: int, tau: int, count: int, rid: str = "a") -> list[int]:
+        queries = sample_queries([(11, 11 + steps)], tau, count, 0, rid)
+        assert all(query[1:] == (11, 11 + steps) for query in queries)
+        return [query.position for query in queries]
+
+    assert positions(0, 8, 5) == []
+    assert positions(3, 8, 5) == [10, 11, 12]
+    assert positions(30, 8, 4) == [10, 18, 26, 34]
+    few = positions(300, 8, 4)
     assert few[0] == 10 and len(few) == 4 and all((p - 10) % 8 == 0 for p in few)
-    many = sample_queries(10, 300, 64, 50, 0, "a")
+    many = positions(300, 64, 50)
     assert len(many) == 50 and many == sorted(set(many)) and many[-1] < 310
-    assert many == sample_queries(10, 300, 64, 50, 0, "a") != sample_queries(10, 300, 64, 50, 0, "b")
+    assert many == positions(300, 64, 50) != positions(300, 64, 50, "b")
+
+
+def test_queries_of_several_turns() -> None:
+    turns = [(11, 14), (20, 41), (60, 61)]
+    assert sample_queries(turns, 8, 3, 0, "a") == [(10, 11, 14), (19, 20, 41), (59, 60, 61)]
+    assert [query.position for query in sample_queries(turns, 8, 5, 0, "a")] == [10, 19, 27, 35, 59]
+    every = sample_queries(turns, 8, 99, 0, "a")
+    assert [query.position for query in every] == [10, 11, 12, *range(19, 40), 59]
+    assert windows(every[-2:], 10, 8) == [slice(29, 30), slice(49, 50)]
+    assert windows([Query(19, 20, 41)], 10, 8) == [slice(9, 17)]
+
+
+def test_labels_do_not_look_past_a_turn(tmp_path: Path) -> None:
+    evidence = (Evidence((3, 9), (102, 104)), Evidence((40, 41), (120, 122)))
+    prompt = Prompt(
+        rid="t", tokens=ids(100, 1), response=ids(40, 2), turns=((102, 106), (120, 140)), evidence=evidence
+    )  # fmt: skip
+    run(tmp_path, [prompt], dataclasses.replace(CONFIG, tau=64, queries=3))
+    document = ShardReader(tmp_path)[0]
+    assert document.positions.tolist()[:2] == [101, 119] and document.evidence is not None
+    assert document.turns.tolist()[:2] == [[102, 106], [120, 140]]
+    assert [document.evidence.row(query)[0].tolist() for query in range(2)] == [[0, 1, 2], [10]]
+    steps = [float(document.lightning[0].row(query)[1].sum()) for query in range(2)]
+    assert all(0.8 * tokens < step <= tokens + 1e-3 for step, tokens in zip(steps, (4, 20), strict=True))
+    bad = dataclasses.replace(prompt, rid="b", turns=((90, 95),))
+    with pytest.raises(ValueError, match="turn"):
+        run(tmp_path / "b", [bad])
 
 
 def test_evidence_is_kept_where_the_window_needs_it(tmp_path: Path) -> None:

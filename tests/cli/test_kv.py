@@ -46,10 +46,21 @@ def test_any_config_json(run: Run, id_model: Path) -> None:
         assert json.loads(run("kv", "--model", model, "--context", 4096, "--json").stdout)["num_pages"] == 16
 
 
+@pytest.mark.parametrize("context", ["0", "1", "3", "1.5K", "100M"])
+def test_any_context_has_an_answer(run: Run, context: str) -> None:
+    assert run("kv", "--context", context).exit_code == 0
+    values = json.loads(run("kv", "--context", context, "--json").stdout)
+    assert values["paper"]["resident_bytes"] <= values["paper"]["full_bytes"]
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
         (("--context", "5X"), "'5X' is not a size"),
+        (("--context", "9" * 400), "is too large"),
+        (("--context", "-1"), "'-1' is not a size"),
+        (("--keep", "0"), "keep must lie in (0, 1], got 0.0"),
+        (("--targets", "99"), "num_targets must lie in 0..21, got 99"),
         (("--model", "nobody/nothing"), "no model 'nobody/nothing'"),
         (("--keep", "1.5"), "keep must lie in (0, 1], got 1.5"),
         (("--page-chunks", "5"), "page_chunks must be a power of two"),

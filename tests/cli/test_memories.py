@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -73,6 +75,42 @@ def test_chat_keeps_turns_and_saves(run: Run, text_model: Path, book: Path, tmp_
     assert result.stdout.startswith(first)
 
 
+def test_a_chat_survives_a_bad_turn(run: Run, id_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    lines = f"1 2 3\nwords\n99999\n/save {tmp_path}/file/x\n/stats\n4 5\n/save {tmp_path / 'c.mem'}\n"
+    result = run("chat", "--model", id_model, *SMALL, *SHORT, stdin=lines)
+    assert result.exit_code == 0, result.stderr
+    assert len(result.stdout.splitlines()) == 2
+    log = " ".join(result.stderr.split())
+    for message in ("flashmem: this model has no tokenizer", "got 99999", "Not a directory", "saved"):
+        assert message in log, log
+    assert json.loads(run("inspect", tmp_path / "c.mem", "--json").stdout)["position"] == 3 + 6 + 2 + 5
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("page_chunks", ...), ("page_chunks", "4"), ("kv_format", 1), ("observation_window", None), ("dtype", "float99")],
+)
+def test_a_forged_memory_is_one_line(run: Run, text_model: Path, book: Path, name: str, value: object) -> None:
+    """Its checksum fits, but what it says of its engine makes no sense."""
+    manifest = json.loads((book / "manifest.json").read_text())
+    del manifest["sha256"], manifest["session"][name]
+    if value is not ...:
+        manifest["session"][name] = value
+    manifest["sha256"] = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+    (book / "manifest.json").write_text(json.dumps(manifest))
+    result = run("ask", book, "Which?", "--model", text_model)
+    assert result.exit_code == 2 and name in result.stderr
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '"x"', '{"version": "1.0", "model": {}}'])
+def test_a_damaged_tokenizer_is_one_line(run: Run, id_model: Path, tmp_path: Path, content: str) -> None:
+    shutil.copytree(id_model, tmp_path / "model")
+    (tmp_path / "model" / "tokenizer.json").write_text(content)
+    result = run("generate", "x", "--model", tmp_path / "model")
+    assert result.exit_code == 2 and "the tokenizer cannot be loaded" in result.stderr
+
+
 def test_generate_without_a_tokenizer_takes_ids(run: Run, id_model: Path) -> None:
     result = run("generate", "-", "--model", id_model, *SMALL, *SHORT, stdin="1 2 3 4 5 6 7 8")
     assert result.exit_code == 0, result.stderr
@@ -95,8 +133,21 @@ def test_generate_without_a_tokenizer_takes_ids(run: Run, id_model: Path) -> Non
         (("generate", "x", "--device-budget", "1KiB"), "device"),
         (("generate", "x", "--indexer", "missing.pt"), "no indexer checkpoint"),
         (("generate", "x", "--device", "cpu", "--device-map", "auto"), "not both"),
-        (("generate", "x", "--max-new-tokens", 0), "max_new_tokens"),
-        (("generate", "x", "--top-p", 2), "top_p"),
+        (("generate", "x", "--device", "cuda:99"), "CUDA devices that PyTorch can use"),
+        (("generate", "x", "--device", "gpu"), "device 'gpu'"),
+        (("generate", "x", "--max-new-tokens", 0), "max_new_tokens must be at least 1, got 0"),
+        (("generate", "x", "--top-p", 2), "top_p must lie in (0, 1], got 2.0"),
+        (("generate", "x", "--temperature", "nan"), "temperature must be a finite number from 0, got nan"),
+        (("generate", "x", "--seed", 1 << 70), "seed must fit into 64 bits"),
+        (("generate", "x", "--keep", 0), "keep must lie in (0, 1], got 0.0"),
+        (("generate", "x", "--page-chunks", 1 << 40), "exceed the model's 1048576 positions"),
+        (("generate", "x", "--observation-window", 1 << 40), "exceed the model's 1048576 positions"),
+        (("generate", "x", "--device-budget", "900000TiB"), "bytes needed"),
+        (("generate", "x", "--disk-budget", "1GiB"), "disk_budget_bytes needs disk_path"),
+        (("read", "/dev/null", "-o", "x.mem"), "/dev/null is empty: there is nothing to read"),
+        (("read", ".", "-o", "x.mem"), "Is a directory"),
+        (("read", __file__, "-o", "x.mem", "--host-budget", 1), "host: "),
+        (("chat", "missing.mem"), "is not a memory"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(
@@ -151,10 +202,3 @@ class TestInspect:
             result = run("inspect", path)
             assert result.exit_code == 2
             assert message in result.stderr.replace("\n", " ")
-
-
-def test_demo(run: Run) -> None:
-    result = run("demo", "--context", "200", "--keep", "0.5", "--json")
-    assert result.exit_code == 0, result.stderr
-    values = json.loads(result.stdout)
-    assert values["tokens_equal_to_transformers"] == values["new_tokens"] == values["restored_tokens_equal"]

@@ -342,7 +342,7 @@ def test_bad_calls_change_nothing(engine: Engine) -> None:
     session = engine.session()
     session.append([])
     assert session.ids == [] and session.next_logits is None
-    with pytest.raises(ValueError, match="the session is empty"):
+    with pytest.raises(ValueError, match="nothing to continue from"):
         session.generate()
     session.append(TEXT[:40])
     session.generate(max_new_tokens=2)

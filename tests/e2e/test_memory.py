@@ -161,6 +161,17 @@ def test_lengths_around_every_boundary(count: int, tmp_path: Path) -> None:
     assert session.generate(more, max_new_tokens=3) == opened.generate(more, max_new_tokens=3)
 
 
+@pytest.mark.parametrize("lead", [0, 2])
+def test_a_clock_that_runs_before_the_first_chunk_goes_on(lead: int, tmp_path: Path) -> None:
+    engine = make_engine(keep=0.5, tau=3, lead=lead)
+    session = engine.session()
+    for token in (1, 2):
+        step_logits(session, token)
+    session.save(tmp_path / "m")
+    opened = engine.open(tmp_path / "m")
+    assert_go_on_alike(session, opened)
+
+
 def test_the_last_token_need_not_have_run(tmp_path: Path) -> None:
     engine = make_engine(keep=0.5)
     session = engine.session()

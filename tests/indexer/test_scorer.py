@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -113,6 +114,19 @@ def test_no_chunks_give_no_logits() -> None:
     keys = {csa: torch.empty(0, 16, dtype=torch.uint8) for csa in SMALL.layers}
     assert indexer.chunk_logits(hidden, keys, torch.tensor([0, 1])).shape == (0,)
     assert indexer.layers[0].logits(hidden[0], torch.empty(2, 0, 12), torch.tensor([0, 1])).shape == (2, 0)
+
+
+@pytest.mark.parametrize("ensemble", ["max", "mean"])
+def test_queries_of_one_history_in_one_call(ensemble: Any) -> None:
+    indexer = make_indexer(replace(SMALL, logit_offset=0.25))
+    hidden = {csa: draw(3, 4, 40, seed=csa) for csa in SMALL.layers}
+    keys = {csa: encode_index_rows(draw(30, 12, seed=10 + csa)) for csa in SMALL.layers}
+    positions = torch.tensor([[6, 7, 8, 9], [-2, -1, 0, 1], [-3, -2, -1, 0]])
+    logits = indexer.batch_logits(hidden, keys, positions, positions >= 0, ensemble=ensemble)
+    for query, count in enumerate((4, 2, 1)):
+        states = {csa: x[query, -count:] for csa, x in hidden.items()}
+        single = indexer.chunk_logits(states, keys, positions[query, -count:], ensemble=ensemble)
+        torch.testing.assert_close(logits[query], single)
 
 
 def test_everything_learns_the_offset_too() -> None:

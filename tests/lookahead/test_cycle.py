@@ -292,7 +292,7 @@ def test_keeping_everything_needs_a_pool_for_everything(model: Any) -> None:
         assert twin.allocated_bytes == 10 * size
 
 
-@pytest.mark.parametrize("lead", [0, 5])
+@pytest.mark.parametrize("lead", [0, 5, 16])
 @pytest.mark.parametrize("policy", ["lsa", "random", "native"])
 def test_a_tight_pool_is_enough_for_any_length(model: Any, policy: str, lead: int) -> None:
     """The share promised at the start holds: full selections, long appends, windows that open pages, two sessions."""
@@ -317,6 +317,24 @@ def test_a_tight_pool_is_enough_for_any_length(model: Any, policy: str, lead: in
             assert both[0].stats()["truncated"] > 0  # it would have liked more
         both[0].close()
         engine.session().append(TEXT[:50])
+
+
+@pytest.mark.parametrize(("tau", "lead"), [(64, 63), (17, 16), (40, 1)])
+def test_a_share_has_room_for_what_is_born_in_long_leads(tau: int, lead: int) -> None:
+    """Pages of 16 tokens are born all the time; full selections, old and new, are on the device beside them."""
+    model = make_model("tiny")
+    options = {"threshold": 0.001, "tau": tau, "lead": lead, "prefill_chunk": 4, "floor_pages": 1}
+    size = record_bytes(model)
+    slots = 2 * 6 + -(-(tau + lead) // 16) + 1
+    with engine_of(model, "lsa", **options, device_budget_bytes=slots * size) as engine:
+        session = engine.session()
+        session.append(TEXT[:170])
+        most = 0
+        for token in TEXT[: 3 * tau + 20]:
+            engine.decode([session], [token])
+            most = max(most, len(session.pages.placed_pages()))
+        assert session.cycle.share.capacity == 6 and session.stats()["truncated"] > 0
+        assert most > 6 or lead == 1
 
 
 def test_a_full_host_refuses_before_work(model: Any, tmp_path: Path) -> None:

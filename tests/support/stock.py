@@ -34,9 +34,17 @@ GEOMETRIES: dict[str, dict[str, Any]] = {
 }
 
 
+TINY: dict[str, Any] = {
+    "layers": "CH", "seed": 3, "hidden_size": 32, "moe_intermediate_size": 16, "num_attention_heads": 2, "head_dim": 16,
+    "partial_rotary_factor": 0.5, "q_lora_rank": 16, "n_routed_experts": 2, "o_lora_rank": 8, "sliding_window": 8,
+    "index_topk": 6,
+}  # fmt: skip
+"""For thousands of steps."""
+
+
 def make_model(name: str) -> Any:
     """A fresh model of a geometry; two calls give the same weights."""
-    arguments = dict(GEOMETRIES[name])
+    arguments = dict(TINY if name == "tiny" else GEOMETRIES[name])
     return random_model(arguments.pop("layers"), **arguments)
 
 
@@ -130,6 +138,10 @@ class Timeline:
             self.rows.append(self.window)
             self.position += 1
             self.steps += 1
+
+    def select_again(self) -> None:
+        """A window starts here, as after an append: an append has failed."""
+        self.window, self.early, self.steps = self._select(), None, 0
 
     def allowed(self) -> torch.Tensor:
         """Bool [S, T]; causality is the model's own business."""

@@ -25,6 +25,7 @@ def load_model(
     """
     if device is not None and device_map is not None:
         raise ValueError("give device or device_map, not both")
+    place = _device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     local = Path(name)
     if local.exists() or not _HUB_NAME.fullmatch(str(name)):
         if not (local / "config.json").is_file():
@@ -43,6 +44,26 @@ def load_model(
         more = f" and {len(unusable) - 1} more" if len(unusable) > 1 else ""
         raise ValueError(f"{name}: the checkpoint lacks {unusable[0]}{more}, or has it in another shape")
     if device_map is None:
-        model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    has_tokenizer = not local.is_dir() or any(local.glob("tokenizer*"))
-    return model, AutoTokenizer.from_pretrained(name) if has_tokenizer else None
+        model.to(place)
+    return model, _tokenizer(name)
+
+
+def _device(name: str | torch.device) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device {name!r}: {str(error).splitlines()[0]}") from error
+    if device.type == "cuda" and (device.index or 0) >= (count := torch.cuda.device_count()):
+        raise ValueError(f"device {name!r}: this machine has {count} CUDA devices that PyTorch can use")
+    return device
+
+
+def _tokenizer(name: str | Path) -> Any:
+    """None where a directory has none."""
+    local = Path(name)
+    if local.is_dir() and not any(local.glob("tokenizer*")):
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{name}: the tokenizer cannot be loaded: {error}") from error

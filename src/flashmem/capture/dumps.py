@@ -27,7 +27,7 @@ import torch
 from ..config import ModelGeometry
 from ..types import DamagedError
 from .format import Document, ShardMeta, ShardWriter
-from .labels import sample_queries, vote_windows, windows
+from .labels import Query, sample_queries, vote_windows, windows
 
 _HIDDEN, _ROWS, _POSITIONS = "hidden_layer_", "compk_layer_", "positions_layer_"
 _LABELS = ("label_indices", "label_scores", "label_pointers")
@@ -113,8 +113,10 @@ def document_of(
                 f"{(first + count) // ratio}: was the answer's second pass left out?"
             )
     token_votes = _votes(dump, count)
-    queries = sample_queries(first, count - 1, config.tau, config.queries, config.seed, rid) or [first]
-    spans = windows(queries, first, count - 1, config.tau)
+    sampled = sample_queries([(first + 1, first + count)], config.tau, config.queries, config.seed, rid)
+    sampled = sampled or [Query(first, first + 1, first + 1)]
+    queries = [query.position for query in sampled]
+    spans = windows(sampled, first, config.tau)
     num_chunks = [(position + 1) // ratio for position in queries]
     m = config.observe
     observed = [min(m, position - first + 1) for position in queries]
@@ -133,6 +135,7 @@ def document_of(
         positions=torch.tensor(queries),
         num_chunks=torch.tensor(num_chunks),
         observed=torch.tensor(observed),
+        turns=torch.tensor([[query.start, query.end] for query in sampled]),
         hidden=hidden,
         rows={csa: dump[f"{_ROWS}{csa}"][: (first + count) // ratio] for csa in meta.layers},
         mass={},

@@ -4,7 +4,8 @@ A directory with one safetensors file per document and a `manifest.json` that na
 document's file is written under another name and renamed; the manifest then replaces the old one: a document exists
 from that moment, and an interruption at any other leaves the shards as they were.
 
-Tensors of a file, L being a CSA index: positions, num_chunks and observed int64 [Q]; hidden.lL [Q, m, E];
+Tensors of a file, L being a CSA index: positions, num_chunks and observed int64 [Q]; turns int64
+[Q, 2]; hidden.lL [Q, m, E];
 rows.lL uint8 [N, I + 4]; mass.lL, lightning.lL, vote and evidence as `.indptr`, `.chunks` and `.values` of a `Csr`.
 Shape letters: Q = sampled queries, m = observed tokens kept per query, E = hidden size, N = chunks of prompt and
 answer, I = index_head_dim, Z = stored values.
@@ -165,6 +166,8 @@ class Document:
     """Int64 [Q]: chunks visible at the query, (position + 1) // csa_ratio; labels name only these."""
     observed: torch.Tensor
     """Int64 [Q]: how many of the m hidden states are there, the last ones."""
+    turns: torch.Tensor
+    """Int64 [Q, 2]: the answer's tokens [start, end) that the query belongs to; labels do not look past its end."""
     hidden: Mapping[int, torch.Tensor]
     """By CSA index, [Q, m, E], oldest first, zeros where there is none."""
     rows: Mapping[int, torch.Tensor]
@@ -196,6 +199,12 @@ class Document:
         inside = (self.positions >= 0) & (self.positions < self.tokens)
         _expect(bool(inside.all()) and bool((self.positions.diff() > 0).all()), "positions must ascend within tokens")
         _expect(torch.equal(self.num_chunks, (self.positions + 1) // g.csa_ratio), "num_chunks contradicts positions")
+        _expect(
+            self.turns.dtype is torch.int64 and self.turns.shape == (queries, 2), f"turns is not int64 [{queries}, 2]"
+        )
+        start, end = self.turns.unbind(1)
+        within = (start <= self.positions + 1) & (self.positions < end) & (end <= self.tokens)
+        _expect(bool(within.all()), "turns must hold their queries, within tokens")
         observed = (self.observed > 0) & (self.observed <= meta.observe)
         _expect(bool(observed.all()), f"observed must lie in 1..{meta.observe}")
         _expect(tuple(self.hidden) == meta.layers and tuple(self.rows) == meta.layers, f"layers are not {meta.layers}")
@@ -385,7 +394,7 @@ def file_name(rid: str) -> str:
 
 
 def _tensors_of(document: Document) -> dict[str, torch.Tensor]:
-    tensors = {name: getattr(document, name) for name in ("positions", "num_chunks", "observed")}
+    tensors = {name: getattr(document, name) for name in ("positions", "num_chunks", "observed", "turns")}
     for name in ("hidden", "rows"):
         tensors |= {f"{name}.l{csa}": tensor for csa, tensor in getattr(document, name).items()}
     tables: dict[str, Csr | None] = {"vote": document.vote, "evidence": document.evidence}
@@ -411,6 +420,7 @@ def _document_of(entry: Entry, meta: ShardMeta, tensors: Mapping[str, torch.Tens
         positions=tensors["positions"],
         num_chunks=tensors["num_chunks"],
         observed=tensors["observed"],
+        turns=tensors["turns"],
         hidden={csa: tensors[f"hidden.l{csa}"] for csa in meta.layers},
         rows={csa: tensors[f"rows.l{csa}"] for csa in meta.layers},
         mass={csa: table(f"mass.l{csa}") for csa in meta.labels},

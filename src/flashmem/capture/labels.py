@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 
@@ -14,30 +15,43 @@ from .format import Csr
 from .prompts import Evidence
 
 
-def sample_queries(first: int, steps: int, tau: int, count: int, seed: int, rid: str) -> list[int]:
-    """Positions of at most `count` queries, ascending, each with a decoded token after it.
+class Query(NamedTuple):
+    """A position whose next token belongs to the answer [start, end)."""
 
-    Level 1 runs at `first`, the end of the prompt, and every tau tokens; these come first, the end of the prompt before
-    all. What is left of `count` is drawn among the other tokens, by seed and rid alone.
+    position: int
+    start: int
+    end: int
+
+
+def sample_queries(turns: Sequence[tuple[int, int]], tau: int, count: int, seed: int, rid: str) -> list[Query]:
+    """At most `count` queries, ascending, in turns that do not overlap.
+
+    A turn is an answer's tokens [start, end). Level 1 runs at start - 1 and every tau tokens from there; these come
+    first, the beginnings of turns before all. What is left of `count` is drawn among the turns' other tokens, by seed
+    and rid alone.
     """
     digest = hashlib.sha256(f"{seed} {rid}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
-    def draw(candidates: Sequence[int], wanted: int) -> list[int]:
+    def draw(candidates: Sequence[Query], wanted: int) -> list[Query]:
+        if wanted >= len(candidates) and wanted:
+            return list(candidates)
         order = torch.randperm(len(candidates), generator=generator)[:wanted]
         return [candidates[i] for i in order.tolist()]
 
-    if not steps:
-        return []
-    boundaries = list(range(first + tau, first + steps, tau))
-    others = [position for position in range(first + 1, first + steps) if (position - first) % tau]
-    chosen = [first, *draw(boundaries, count - 1)]
-    return sorted(chosen + draw(others, count - len(chosen)))
+    every = [[Query(p, start, end) for p in range(start - 1, end - 1)] for start, end in turns if start < end]
+    beginnings = [turn[0] for turn in every]
+    boundaries = [query for turn in every for query in turn[tau::tau]]
+    others = [query for turn in every for offset, query in enumerate(turn) if offset % tau]
+    chosen: list[Query] = []
+    for candidates in (beginnings, boundaries, others):
+        chosen += draw(candidates, count - len(chosen))
+    return sorted(chosen)
 
 
-def windows(positions: Iterable[int], first: int, steps: int, tau: int) -> list[slice]:
-    """Decoded tokens that each query's labels look at: those at position + 1 .. position + tau, as far as there are."""
-    return [slice(p - first, min(p - first + tau, steps)) for p in positions]
+def windows(queries: Iterable[Query], first: int, tau: int) -> list[slice]:
+    """Decoded tokens, counted from `first` + 1, that each query's labels look at: tau after it, within its turn."""
+    return [slice(query.position - first, min(query.position + tau, query.end - 1) - first) for query in queries]
 
 
 def sum_windows(
@@ -80,18 +94,22 @@ def vote_windows(tokens: Sequence[tuple[torch.Tensor, ...]], spans: Sequence[sli
 
 
 def evidence_rows(
-    evidence: Sequence[Evidence], positions: Sequence[int], tau: int, ratio: int, num_chunks: Sequence[int]
+    evidence: Sequence[Evidence],
+    queries: Sequence[Query],
+    tau: int,
+    ratio: int,
+    num_chunks: Sequence[int],
 ) -> Csr:
     """Chunks that hold tokens of the evidence that each query's window needs."""
     rows = []
-    for position, visible in zip(positions, num_chunks, strict=True):
-        seen = torch.zeros(visible)
+    for (position, _, end), visible in zip(queries, num_chunks, strict=True):
+        seen, last = torch.zeros(visible), min(position + tau, end - 1)
         for item in evidence:
-            if item.answer is None or (item.answer[0] <= position + tau and item.answer[1] > position + 1):
+            if item.answer is None or (item.answer[0] <= last and item.answer[1] > position + 1):
                 seen[item.span[0] // ratio : (item.span[1] - 1) // ratio + 1] = 1
         chunks = seen.nonzero()[:, 0]
         rows.append((chunks, seen[chunks]))
     return Csr.from_rows(rows)
 
 
-__all__ = ["evidence_rows", "sample_queries", "sum_windows", "vote_windows", "votes", "windows"]
+__all__ = ["Query", "evidence_rows", "sample_queries", "sum_windows", "vote_windows", "votes", "windows"]

@@ -6,6 +6,9 @@ A line is an object with `id`, one of `prompt` (text) and `tokens` (ids), and op
 - `evidence`: spans that hold what the answer needs, [start, end) in tokens, or in characters where the prompt is text.
   An item is [start, end], needed by the whole answer, or {"span": [start, end], "answer": [start, end]}, needed by
   that part of the answer only. Offsets count through the prompt and on through the response;
+- `turns`: spans [start, end) of the answers within what is decoded, where several questions follow one another. Level 1
+  runs at the beginning of each and every tau tokens in it, so queries stand there, and no label looks past a turn's
+  end. Without turns everything that is decoded is one;
 - `meta`: any object, kept with the document (task, length, ...).
 """
 
@@ -15,12 +18,13 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from .format import file_name
 
-_KEYS = frozenset({"id", "prompt", "tokens", "response", "response_tokens", "tail", "evidence", "meta"})
+_KEYS = frozenset({"id", "prompt", "tokens", "response", "response_tokens", "tail", "turns", "evidence", "meta"})
 Span = tuple[int, int]
 
 
@@ -43,6 +47,8 @@ class Prompt:
     """Teacher-forced answer; None means greedy generation."""
     tail: int | None = None
     """Last tokens of the prompt that are decoded; None means the run's setting."""
+    turns: tuple[Span, ...] | None = None
+    """Tokens of each answer within what is decoded; None means that all of it is one answer."""
     evidence: tuple[Evidence, ...] | None = None
     meta: Mapping[str, Any] = field(default_factory=dict)
 
@@ -55,14 +61,18 @@ class Prompt:
         if self.tail is not None and not 0 <= self.tail < len(self.tokens):
             raise ValueError(f"document {self.rid!r}: tail must lie in 0..{len(self.tokens) - 1}, got {self.tail}")
         total = len(self.tokens) + len(self.response or ())
-        for item in self.evidence or ():
-            for start, end in (item.span, item.answer or item.span):
-                if not 0 <= start < end <= total:
-                    raise ValueError(f"document {self.rid!r}: evidence [{start}, {end}] is not within {total} tokens")
+        spans = [("evidence", span) for item in self.evidence or () for span in (item.span, item.answer or item.span)]
+        for what, (start, end) in [*spans, *(("turn", span) for span in self.turns or ())]:
+            if not 0 <= start < end <= total:
+                raise ValueError(f"document {self.rid!r}: {what} [{start}, {end}] is not within {total} tokens")
+        if any(second[0] < first[1] for first, second in pairwise(self.turns or ())):
+            raise ValueError(f"document {self.rid!r}: turns must ascend and not overlap, got {self.turns}")
 
     def source(self) -> str:
         """Hash of what decides the document."""
         values = {name: value for name, value in asdict(self).items() if name not in ("rid", "meta")}
+        if self.turns is None:
+            del values["turns"]
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -116,6 +126,7 @@ def encode(record: Mapping[str, Any], tokenizer: Any) -> Prompt:
         tokens=tokens,
         response=response,
         tail=record.get("tail"),
+        turns=None if "turns" not in record else tuple(spans.tokens(span) for span in record["turns"]),
         evidence=None if evidence is None else tuple(_evidence(item, spans) for item in evidence),
         meta=record.get("meta", {}),
     )
@@ -147,7 +158,7 @@ class _Spans:
             return start, end
         inside = [i for i, (lo, hi) in enumerate(self.offsets) if lo < min(end, hi) and max(start, lo) < hi]
         if not inside or not 0 <= start < end <= self.characters:
-            raise ValueError(f"evidence [{start}, {end}] holds no token of {self.characters} characters")
+            raise ValueError(f"the span [{start}, {end}] holds no token of {self.characters} characters")
         return inside[0], inside[-1] + 1
 
 
@@ -160,7 +171,7 @@ def _evidence(item: Any, spans: _Spans) -> Evidence:
 def _record(line: str, where: str) -> dict[str, Any]:
     try:
         record = json.loads(line)
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{where}: not JSON: {error}") from error
     if not isinstance(record, dict):
         raise ValueError(f"{where}: a line must be an object")
@@ -191,6 +202,7 @@ def _check_types(record: Mapping[str, Any], where: str) -> None:
         "response_tokens": _are_integers,
         "tail": lambda value: type(value) is int,
         "meta": lambda value: isinstance(value, dict),
+        "turns": lambda value: isinstance(value, list) and bool(value) and all(map(_is_span, value)),
         "evidence": lambda value: isinstance(value, list) and all(map(_is_evidence, value)),
     }
     for name, right in checks.items():

@@ -215,6 +215,12 @@ class Recording:
             raise ValueError(f"document {prompt.rid!r}: {total} tokens exceed the model's {longest} positions")
         self.first = len(read) - 1
         """Position of the last token that prefill reads."""
+        for start, end in prompt.turns or ():
+            if not len(read) <= start < end <= len(read) + len(self.forced):
+                raise ValueError(
+                    f"document {prompt.rid!r}: the turn [{start}, {end}] is not within the decoded tokens "
+                    f"{len(read)}..{len(read) + len(self.forced)}"
+                )
         self.steps: list[Step] = []
         self.session: Session = engine.session()
         try:
@@ -247,8 +253,10 @@ class Recording:
     def document(self) -> Document:
         """What training reads of this document."""
         config, g, steps = self.config, self.engine.geometry, len(self.steps)
-        positions = sample_queries(self.first, steps, config.tau, config.queries, config.seed, self.prompt.rid)
-        spans = windows(positions, self.first, steps, config.tau)
+        turns = self.prompt.turns or ((self.first + 1, self.first + 1 + steps),)
+        queries = sample_queries(turns, config.tau, config.queries, config.seed, self.prompt.rid)
+        positions = [query.position for query in queries]
+        spans = windows(queries, self.first, config.tau)
         num_chunks = [(position + 1) // g.csa_ratio for position in positions]
         picked = [_padded([getattr(step, name) for step in self.steps], fill) for name, fill in _STEP_FILL.items()]
         ids_LTK, lightning_LTK, attention_LTK = (tensor.transpose(0, 1) for tensor in picked)
@@ -264,6 +272,7 @@ class Recording:
             positions=torch.tensor(positions),
             num_chunks=torch.tensor(num_chunks),
             observed=observed,
+            turns=torch.tensor([[query.start, query.end] for query in queries]),
             hidden=hidden,
             rows={
                 csa: self.session.pages.index_rows(g.csa_layers[csa]).cpu() for csa in self.engine.indexer.target_layers
@@ -279,7 +288,7 @@ class Recording:
             vote=vote_windows(token_votes, spans, num_chunks),
             evidence=None
             if evidence is None
-            else evidence_rows(evidence, positions, config.tau, g.csa_ratio, num_chunks),
+            else evidence_rows(evidence, queries, config.tau, g.csa_ratio, num_chunks),
         )
 
     def _hidden(self, positions: Sequence[int]) -> tuple[dict[int, torch.Tensor], torch.Tensor]:

@@ -10,7 +10,7 @@ import typer
 import flashmem
 
 from . import text
-from .options import EngineOptions, GenerateOptions, Json, with_options
+from .options import EngineOptions, GenerateOptions, Json, Raw, with_options
 from .output import answer, answer_json, log
 from .sizes import format_bytes
 
@@ -24,16 +24,20 @@ def run(
     question: Annotated[str, typer.Argument(help="The text that follows what was read.")],
     engine: EngineOptions,
     generate: GenerateOptions,
+    raw: Raw = False,
     json: Json = False,
 ) -> None:
     """Continue a memory with a question and print the answer; the memory stays as it is.
 
-    Page size and formats are the memory's own.
+    Page size and formats are the memory's own. Where the model has a form of asking (`flashmem inspect MODEL` shows
+    it), the question is put in that form.
 
     Example: `flashmem ask book.mem "Who wrote the letter?"`
     """
     with open_session(memory, engine) as session:
-        pieces = text.stream(session, question, **generate.sampling(engine.seed))
+        pieces = text.stream(
+            session, question if raw else engine.defaults().ask(question), **generate.sampling(engine.seed)
+        )
         reply = "".join(pieces)
         stats = session.stats()
     if json:

@@ -16,14 +16,14 @@ _UsageError: Any = typer.BadParameter.__base__  # typer has its own or click's, 
 
 
 class ReportingGroup(TyperGroup):
-    """Commands whose ValueError, FlashmemError or OSError is the user's to mend."""
+    """Commands whose ValueError, OSError, MemoryError or FlashmemError is the user's to mend."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
         except (BrokenPipeError, SystemExit, KeyboardInterrupt, typer.Exit, typer.Abort, _UsageError):
             raise
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, MemoryError) as error:
             _report_bad_input(error)
         except flashmem.FlashmemError as error:  # looked up last: torch is behind it
             _report_bad_input(error)

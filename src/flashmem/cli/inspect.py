@@ -12,7 +12,7 @@ import typer
 import flashmem
 
 from ..accounting import kv_report
-from ..config import ModelGeometry
+from ..config import ModelDefaults, ModelGeometry
 from .options import Json
 from .output import answer, answer_json
 
@@ -83,6 +83,7 @@ def _model(path: Path) -> dict[str, Any]:
     geometry = ModelGeometry.from_json(path)
     kinds = Counter(geometry.layer_kinds)
     folder = path if path.is_dir() else path.parent
+    defaults = ModelDefaults.of(folder)
     return {
         "kind": "model",
         "layers": geometry.num_layers,
@@ -100,6 +101,9 @@ def _model(path: Path) -> dict[str, Any]:
         "paper_bytes_per_token_fp8": _bytes_per_token(geometry),
         "weight_bytes": sum(file.stat().st_size for file in folder.glob("*.safetensors")),
         "bundled_indexer": (folder / "indexer").is_dir(),
+        "lsa_defaults": dict(defaults.lsa),
+        "dtype_default": defaults.dtype,
+        "question_form": defaults.question,
     }
 
 
@@ -109,6 +113,8 @@ def _bytes_per_token(geometry: ModelGeometry) -> float:
 
 
 def _shown(value: Any) -> str:
+    if isinstance(value, str) and "\n" in value:
+        return repr(value)
     if isinstance(value, bool) or not isinstance(value, int):
         if isinstance(value, Mapping):
             return ", ".join(f"{name} {item}" for name, item in value.items())

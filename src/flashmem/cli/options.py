@@ -1,7 +1,8 @@
 """Options that several commands share, and the one place where they become an engine.
 
 `with_options` gives a command the fields of `EngineOptions` or `GenerateOptions` as command-line options, so that each
-option is written once. A field that is None was not given; the default is then the dataclass's that it ends in.
+option is written once. A field that is None was not given; the default is then the model's (`ModelDefaults`), or the
+dataclass's that it ends in.
 """
 
 from __future__ import annotations
@@ -17,14 +18,15 @@ import typer
 import flashmem
 
 from ..accounting.models import DEMO, shipped_model
-from ..config import LSAConfig
+from ..config import LSAConfig, ModelDefaults, check_sampling
 from .output import log
 from .sizes import parse_bytes
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+Raw = Annotated[bool, typer.Option("--raw", help="Pass the text as it is, not in the model's form of asking.")]
 
 _BASE = LSAConfig()
-_LSA = "Lookahead Sparse Attention"
+_LSA = "Lookahead Sparse Attention (a model's flashmem.json may have other defaults)"
 _IDENTITY = ("page_chunks", "kv_format", "observation_window")  # what an engine must share with a memory
 
 
@@ -61,6 +63,8 @@ class EngineOptions:
     keep: Annotated[float | None, _lsa("threshold rule", "Fixed budget: share of all pages on the device.")] = None
     threshold: Annotated[float | None, _lsa(_BASE.threshold, "A chunk is wanted above this probability.")] = None
     page_chunks: Annotated[int | None, _lsa(_BASE.page_chunks, "Chunks of 4 tokens per page, a power of two.")] = None
+    sink_pages: Annotated[int | None, _lsa(_BASE.sink_pages, "First pages, always kept.")] = None
+    recency_pages: Annotated[int | None, _lsa(_BASE.recency_pages, "Last pages, always kept.")] = None
     tau: Annotated[int | None, _lsa(_BASE.tau, "Decode steps per cycle.")] = None
     observation_window: Annotated[int | None, _lsa("the indexer's", "Last tokens that level 1 reads.")] = None
     rescue: Annotated[
@@ -81,15 +85,17 @@ class EngineOptions:
     seed: Annotated[int, typer.Option(help="Seed of sampling and of the random policy.")] = 0
 
     def config(self, memory: Mapping[str, Any] | None = None) -> LSAConfig:
-        """The settings; what is not given comes from a memory's manifest, where one must fit, or is the default."""
+        """The settings; what is not given comes from a memory's manifest, where one must fit, or from the model."""
         given = {
             "policy": self.policy,
             "keep": self.keep,
             "threshold": self.threshold,
             "page_chunks": self.page_chunks,
+            "sink_pages": self.sink_pages,
+            "recency_pages": self.recency_pages,
             "tau": self.tau,
             "observation_window": self.observation_window,
-            "rescue": self.rescue,
+            "rescue": self.rescue or None,
             "kv_format": self.kv_format,
             "prefill_chunk": self.prefill_chunk,
             "device_budget_bytes": self.device_budget,
@@ -98,17 +104,24 @@ class EngineOptions:
             "disk_path": self.disk_path,
             "seed": self.seed,
         }
-        saved = {name: memory[name] for name in _IDENTITY} if memory is not None else {}
-        return LSAConfig.from_mapping(saved | {name: value for name, value in given.items() if value is not None})
+        saved = {name: memory.get(name) for name in _IDENTITY} if memory is not None else {}
+        return self.defaults().config(**saved | {name: value for name, value in given.items() if value is not None})
+
+    def defaults(self) -> ModelDefaults:
+        """What the model says about its own use."""
+        return ModelDefaults.of(self.directory)
+
+    @property
+    def directory(self) -> str:
+        return str(shipped_model()) if self.model == DEMO else self.model
 
     def engine(self, memory: Mapping[str, Any] | None = None) -> flashmem.Engine:
         """Load the model. Raises ValueError, OSError or BudgetError for what cannot be."""
         config = self.config(memory)
-        directory = str(shipped_model()) if self.model == DEMO else self.model
-        dtype = memory["dtype"] if memory is not None and self.dtype == "auto" else self.dtype
+        dtype: Any = memory.get("dtype") if memory is not None and self.dtype == "auto" else self.dtype
         log(f"loading {self.model}")
         return flashmem.Engine.from_pretrained(
-            directory,
+            self.directory,
             indexer=self.indexer,
             config=config,
             device=self.device,
@@ -124,6 +137,9 @@ class GenerateOptions:
     max_new_tokens: Annotated[int, typer.Option(help="Stop after this many tokens.")] = 256
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0
     top_p: Annotated[float, typer.Option(help="Sample from the likeliest tokens that hold this probability.")] = 1.0
+
+    def __post_init__(self) -> None:
+        check_sampling(max_new_tokens=self.max_new_tokens, temperature=self.temperature, top_p=self.top_p)
 
     def sampling(self, seed: int) -> dict[str, Any]:
         """Arguments of `Session.generate`."""
@@ -181,4 +197,4 @@ def read_text(source: str) -> str:
         raise ValueError(f"{source} is not UTF-8 text: {error.reason} at byte {error.start}") from error
 
 
-__all__ = ["EngineOptions", "GenerateOptions", "Json", "read_text", "with_options"]
+__all__ = ["EngineOptions", "GenerateOptions", "Json", "Raw", "read_text", "with_options"]

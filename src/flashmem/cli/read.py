@@ -31,6 +31,8 @@ def run(
     if output.exists() and not force:
         raise ValueError(f"{output} exists; --force replaces it")
     content = read_text(file)
+    if not content.strip():
+        raise ValueError(f"{file} is empty: there is nothing to read")
     with engine.engine().session() as session:
         text.append(session, content, f"reading {file}")
         session.save(output)

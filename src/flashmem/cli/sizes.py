@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from fractions import Fraction
 
 _TOKENS = {"": 1, "K": 1024, "M": 1024**2}
 _BYTES = {
@@ -11,6 +12,7 @@ _BYTES = {
     **{prefix + "iB": 1024**power for power, prefix in enumerate("KMGT", 1)},
     **{prefix + "B": 1000**power for power, prefix in enumerate("KMGT", 1)},
 }
+_LARGEST = (1 << 63) - 1
 _NUMBER = re.compile(r"(\d+(?:_\d+)*(?:\.\d+)?)\s*([A-Za-z]*)")
 
 
@@ -37,9 +39,11 @@ def _parse(text: str, units: dict[str, int], examples: str) -> int:
     match = _NUMBER.fullmatch(text.strip())
     if match is None or match[2] not in units:
         raise ValueError(f"{text!r} is not a size; write {examples}")
-    value = float(match[1].replace("_", "")) * units[match[2]]
-    if value != int(value):
+    value = Fraction(match[1].replace("_", "")) * units[match[2]]
+    if value.denominator != 1:
         raise ValueError(f"{text!r} is not a whole number")
+    if value > _LARGEST:
+        raise ValueError(f"{text[:40]!r} is too large: at most {_LARGEST:,}")
     return int(value)
 
 

@@ -181,7 +181,7 @@ def _read_directory(path: Path) -> Checkpoint:
         raise ValueError(f"{path} has no {CONFIG_NAME}")
     try:
         values = json.loads(config_path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{config_path} is not JSON: {error}") from error
     if not isinstance(values, dict) or values.pop("format", None) != "flashmem-indexer":
         raise ValueError(f"{config_path} is no indexer config: its 'format' must be 'flashmem-indexer'")

@@ -39,6 +39,9 @@ class IndexerConfig:
     """Hidden states of the last m tokens that the indexer was trained or calibrated to read."""
     logit_offset: float = 0.0
     """Calibration: added to the combined logit, so that probability 0.5 is the right threshold."""
+    length_offsets: tuple[tuple[int, float], ...] = ()
+    """Calibration by length: (chunks, offset) pairs, ascending; histories of up to so many chunks get the offset beside
+    `logit_offset`, longer ones the last."""
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
@@ -61,14 +64,23 @@ class IndexerConfig:
             raise ValueError(f"rms_norm_eps must be positive, got {self.rms_norm_eps}")
         if not math.isfinite(self.logit_offset):
             raise ValueError(f"logit_offset must be finite, got {self.logit_offset}")
+        bounds = [chunks for chunks, _ in self.length_offsets]
+        if bounds != sorted(set(bounds)) or not all(math.isfinite(offset) for _, offset in self.length_offsets):
+            raise ValueError(f"length_offsets must ascend and be finite, got {self.length_offsets}")
+
+    def length_offset(self, num_chunks: int) -> float:
+        """The offset that a history of so many chunks gets beside `logit_offset`."""
+        fitting = (offset for chunks, offset in self.length_offsets if num_chunks <= chunks)
+        return next(fitting, self.length_offsets[-1][1] if self.length_offsets else 0.0)
 
     def to_mapping(self) -> dict[str, Any]:
         """Return what JSON can hold; `from_mapping` reads it back."""
-        return {**asdict(self), "layers": list(self.layers)}
+        return {**asdict(self), "layers": list(self.layers), "length_offsets": [list(p) for p in self.length_offsets]}
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> IndexerConfig:
         """Read `to_mapping`'s output. Raises ValueError naming unknown, missing or wrong entries."""
+        values = {"length_offsets": (), **values}  # absent in the first files of this version
         _check_names("indexer config", values, cls)
         rope = values["rope"]
         if not isinstance(rope, Mapping) or not isinstance(values["layers"], list | tuple):
@@ -78,7 +90,14 @@ class IndexerConfig:
             _check_number(name, values[name])
         for name, value in rope.items():
             _check_number(f"rope.{name}", value)
-        return cls(**{**values, "layers": tuple(values["layers"]), "rope": RopeConfig(**rope)})
+        pairs = values["length_offsets"]
+        if not isinstance(pairs, list | tuple) or not all(isinstance(p, list | tuple) and len(p) == 2 for p in pairs):
+            raise ValueError(f"length_offsets must be a list of pairs, got {pairs!r}")
+        for pair in pairs:
+            _check_number("length_offsets", pair[0])
+            _check_number("length_offsets", pair[1])
+        made = {"layers": tuple(values["layers"]), "rope": RopeConfig(**rope)}
+        return cls(**{**values, **made, "length_offsets": tuple((chunks, offset) for chunks, offset in pairs)})
 
 
 def _check_names(what: str, values: Mapping[str, Any], cls: type[Any]) -> None:

@@ -1,13 +1,14 @@
 """The Memory Indexer: one scorer per target layer, and how their logits combine.
 
-Shape letters: L = target layers, m = observed tokens, E = hidden_size, N = chunks, I = head_dim.
+Shape letters: L = target layers, Q = queries that share a history, m = observed tokens, E = hidden_size, N = chunks,
+I = head_dim.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,10 @@ from torch import nn
 
 from ..config import RopeConfig
 from ..kernels.index_rows import hadamard
-from ..kernels.score_chunks import score_chunks
+from ..kernels.score_chunks import score_chunks, score_chunks_max
 from .checkpoint import check_tensors, digest_tensors, infer_config, read_checkpoint, write_checkpoint
 from .config import Ensemble, IndexerConfig, QueryDtype
-from .native import read_native
+from .native import read_native, widen
 from .scorer import LayerScorer
 
 
@@ -69,29 +70,45 @@ class MemoryIndexer(nn.Module):
         may live on different devices: only queries and logits travel. `ensemble` overrides the config's.
         Raises ValueError when layers, tokens or chunks do not agree.
         """
+        batched = {csa: states_mE.unsqueeze(0) for csa, states_mE in hidden.items()}
+        return self.batch_logits(batched, keys, positions.unsqueeze(0), ensemble=ensemble).squeeze(0)
+
+    def batch_logits(
+        self,
+        hidden: Mapping[int, torch.Tensor],
+        keys: Mapping[int, torch.Tensor],
+        positions: torch.Tensor,
+        seen: torch.Tensor | None = None,
+        *,
+        ensemble: Ensemble | None = None,
+    ) -> torch.Tensor:
+        """Return float32 logits [Q, N] of several queries of one history, as `chunk_logits` gives them one by one.
+
+        hidden: by CSA index, [Q, m, E]; positions: integer [Q, m]; keys as for `chunk_logits`. `seen` is bool [Q, m]:
+        False where there is no token (its position is ignored); every query has at least one.
+        """
         self._check_layers(hidden, keys)
         if len({len(keys[csa]) for csa in self.target_layers}) > 1:
             raise ValueError(f"layers disagree on chunks: { ({csa: len(keys[csa]) for csa in self.target_layers}) }")
-        logits = []
-        for csa, scorer in self.layers.items():
-            device = scorer.q_norm_weight.device
-            q_mHI, w_mH = scorer.queries(hidden[csa].to(device), positions.to(device))
-            rows = keys[csa] if keys[csa].dtype is torch.uint8 else hadamard(keys[csa])
-            logits.append(score_chunks(q_mHI.to(rows.device), rows, w_mH.to(rows.device)))
-        return self.combine(logits, ensemble=ensemble)
-
-    def combine(self, logits_LmN: Sequence[torch.Tensor], *, ensemble: Ensemble | None = None) -> torch.Tensor:
-        """Reduce per-layer logits [m, N] over layers and tokens alike, then add the offset; float32 [N]."""
         ensemble = ensemble or self._config.ensemble
         if ensemble not in ("max", "mean"):
             raise ValueError(f"ensemble must be 'max' or 'mean', got {ensemble!r}")
-        if not logits_LmN or not len(logits_LmN[0]):
+        if not positions.shape[1]:
             raise ValueError("there must be at least one layer and one observed token")
-        device = logits_LmN[0].device
-        per_layer_LN = [x.amax(0) if ensemble == "max" else x.mean(0) for x in logits_LmN]
-        stacked_LN = torch.stack([x_N.to(device) for x_N in per_layer_LN])
-        combined_N = stacked_LN.amax(0) if ensemble == "max" else stacked_LN.mean(0)
-        return combined_N + self.offset.float().to(device)
+        at = positions if seen is None else positions.masked_fill(~seen, 0)
+        per_layer_QN = []
+        for csa, scorer in self.layers.items():
+            device = scorer.q_norm_weight.device
+            q_MHI, w_MH = scorer.queries(hidden[csa].flatten(0, 1).to(device), at.flatten().to(device))
+            rows = keys[csa] if keys[csa].dtype is torch.uint8 else hadamard(keys[csa])
+            q_QmHI, w_QmH = (x.to(rows.device).unflatten(0, positions.shape) for x in (q_MHI, w_MH))
+            there = None if seen is None else seen.to(rows.device)
+            reduce = score_chunks_max if ensemble == "max" else _score_chunks_mean
+            per_layer_QN.append(reduce(q_QmHI, rows, w_QmH, there))
+        device = per_layer_QN[0].device
+        stacked_LQN = torch.stack([x_QN.to(device) for x_QN in per_layer_QN])
+        combined_QN = stacked_LQN.amax(0) if ensemble == "max" else stacked_LQN.mean(0)
+        return combined_QN + (self.offset.float().to(device) + self._config.length_offset(combined_QN.shape[1]))
 
     @staticmethod
     def probability(logits: torch.Tensor) -> torch.Tensor:
@@ -156,6 +173,51 @@ class MemoryIndexer(nn.Module):
         device = tensors[f"retrievers.l{config.layers[0]}.q_norm_weight"].device
         return cls._from_tensors(config, {key: tensor.to(device) for key, tensor in tensors.items()})
 
+    def derive(
+        self,
+        *,
+        layers: tuple[int, ...] | None = None,
+        num_heads: int | None = None,
+        q_rank: int | None = None,
+        ensemble: Ensemble | None = None,
+        observation_window: int | None = None,
+        logit_offset: float | None = None,
+        length_offsets: tuple[tuple[int, float], ...] | None = None,
+        seed: int = 0,
+    ) -> MemoryIndexer:
+        """A copy with some of the layers, widened without changing what they compute, and with other rules.
+
+        Raises ValueError for layers that are not there, and for fewer heads or a smaller rank.
+        """
+        config = self.config
+        layers = config.layers if layers is None else layers
+        heads, rank = num_heads or config.num_heads, q_rank or config.q_rank
+        if absent := sorted(set(layers) - set(config.layers)):
+            raise ValueError(f"target layers are {list(config.layers)}, not {absent}")
+        if heads < config.num_heads or rank < config.q_rank:
+            raise ValueError(
+                f"an indexer can be widened, not narrowed: heads {config.num_heads} -> {heads}, "
+                f"rank {config.q_rank} -> {rank}"
+            )
+        tensors: dict[str, torch.Tensor] = {}
+        for csa in layers:
+            parts = {name: tensor.detach().float().clone() for name, tensor in self.layers[csa].state_dict().items()}
+            generator = torch.Generator("cpu").manual_seed(seed * 1_000_003 + csa)
+            parts = widen(parts, rank=rank, heads=heads, head_dim=config.head_dim, generator=generator)
+            tensors |= {f"retrievers.l{csa}.{name}": tensor for name, tensor in parts.items()}
+        made = replace(
+            config,
+            layers=layers,
+            num_heads=heads,
+            q_rank=rank,
+            rms_norm_eps=config.rms_norm_eps * config.q_rank / rank,
+            ensemble=ensemble or config.ensemble,
+            observation_window=observation_window or config.observation_window,
+            logit_offset=config.logit_offset if logit_offset is None else logit_offset,
+            length_offsets=config.length_offsets if length_offsets is None else length_offsets,
+        )
+        return self._from_tensors(made, tensors)
+
     def save_pretrained(self, directory: str | Path) -> None:
         """Write `indexer.safetensors` and `config.json`; readers see the old or the new indexer, never a mixture."""
         write_checkpoint(directory, self._weights(), self.config)
@@ -201,6 +263,16 @@ class MemoryIndexer(nn.Module):
             raise ValueError(
                 f"target layers are {sorted(wanted)}; got hidden states of {sorted(hidden)} and keys of {sorted(keys)}"
             )
+
+
+def _score_chunks_mean(
+    q_QmHI: torch.Tensor, keys_NC: torch.Tensor, w_QmH: torch.Tensor, seen_Qm: torch.Tensor | None
+) -> torch.Tensor:
+    logits_QmN = score_chunks(q_QmHI.flatten(0, 1), keys_NC, w_QmH.flatten(0, 1)).unflatten(0, q_QmHI.shape[:2])
+    if seen_Qm is None:
+        return logits_QmN.mean(1)
+    absent_Qm1 = ~seen_Qm.unsqueeze(-1)
+    return logits_QmN.masked_fill(absent_Qm1, 0).sum(1) / (~absent_Qm1).sum(1)
 
 
 __all__ = ["MemoryIndexer"]

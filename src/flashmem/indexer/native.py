@@ -50,7 +50,7 @@ def read_native(
             "weights_proj.weight": _float_weight(_submodule(attention, "compressor.indexer.scorer.weights_proj")),
         }
         generator = torch.Generator("cpu").manual_seed(seed * 1_000_003 + csa)
-        parts = _widen(parts, rank=rank, heads=heads, head_dim=geometry.index_head_dim, generator=generator)
+        parts = widen(parts, rank=rank, heads=heads, head_dim=geometry.index_head_dim, generator=generator)
         tensors |= {f"retrievers.l{csa}.{name}": tensor for name, tensor in parts.items()}
     config = IndexerConfig(
         hidden_size=geometry.hidden_size,
@@ -65,9 +65,10 @@ def read_native(
     return config, tensors
 
 
-def _widen(
+def widen(
     parts: dict[str, torch.Tensor], *, rank: int, heads: int, head_dim: int, generator: torch.Generator
 ) -> dict[str, torch.Tensor]:
+    """One layer's tensors at a larger rank and more heads; the function stays if eps is scaled by r/R too."""
     wq_a_rE, norm_r, wq_b_Xr = parts["wq_a.weight"], parts["q_norm_weight"], parts["wq_b.weight"]
     weights_hE = parts["weights_proj.weight"]
     old_rank, old_heads, hidden = wq_a_rE.shape[0], weights_hE.shape[0], wq_a_rE.shape[1]

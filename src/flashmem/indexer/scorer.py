@@ -35,7 +35,8 @@ class LayerScorer(nn.Module):
         """Return float32 queries [M, H, I], after rotary embedding and Hadamard, and head weights [M, H].
 
         `hidden_ME` is the input of the layer's attention (after `input_layernorm`); computed in float32 whatever
-        the dtype of weights and hidden states. Raises ValueError for a wrong shape or a position outside 0..2^24.
+        the dtype of weights and hidden states, but for the projections under autocast. Raises ValueError for a wrong
+        shape or a position outside 0..2^24.
         """
         c = self.config
         if hidden_ME.dim() != 2 or hidden_ME.shape[1] != c.hidden_size or positions_M.shape != hidden_ME.shape[:1]:
@@ -44,13 +45,13 @@ class LayerScorer(nn.Module):
                 f"got {tuple(hidden_ME.shape)} and {tuple(positions_M.shape)}"
             )
         x_ME = hidden_ME.float()
-        a_MR = F.linear(x_ME, self.wq_a.weight.float())
+        a_MR = F.linear(x_ME, self.wq_a.weight.float()).float()
         a_MR = a_MR * torch.rsqrt(a_MR.square().mean(-1, keepdim=True) + c.rms_norm_eps) * self.q_norm_weight.float()
-        q_MHI = F.linear(a_MR, self.wq_b.weight.float()).unflatten(-1, (c.num_heads, c.head_dim))
+        q_MHI = F.linear(a_MR, self.wq_b.weight.float()).float().unflatten(-1, (c.num_heads, c.head_dim))
         if c.query_dtype == "bf16":
             q_MHI = q_MHI.bfloat16()
         q_MHI = hadamard(apply_rope(q_MHI, positions_M, c.rope))
-        w_MH = F.linear(x_ME, self.weights_proj.weight.float()) * (c.head_dim**-0.5 * c.num_heads**-0.5)
+        w_MH = F.linear(x_ME, self.weights_proj.weight.float()).float() * (c.head_dim**-0.5 * c.num_heads**-0.5)
         return q_MHI, w_MH
 
     def logits(self, hidden_BE: torch.Tensor, keys_BNC: torch.Tensor, positions_B: torch.Tensor) -> torch.Tensor:

@@ -231,8 +231,8 @@ class Cycle:
         self._check_saved(values)
         self.stats = CycleStats(**values["stats"])
         self.selection = Selection(tuple(values["selection"]))
-        if not self.pages.num_chunks or values["due"]:
-            self.due = values["due"]
+        if values["due"]:
+            self.due = True
         elif not same_settings or not self.share.holds(len(self.selection.pages)):
             self.settle()
         else:

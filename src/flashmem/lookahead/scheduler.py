@@ -22,7 +22,8 @@ class SlotShare:
     def of(cls, config: LSAConfig, geometry: ModelGeometry, pool_slots: int, record_bytes: int) -> SlotShare:
         """Share of one session; raises BudgetError when it is too small for the always-kept pages."""
         page_tokens = config.page_chunks * geometry.csa_ratio
-        longest = max(config.prefill_chunk, config.tau)
+        # pages born between two selections, the second of which is made before the first one's window begins, stay
+        longest = max(config.prefill_chunk, config.tau + config.lead)
         working = -(-longest // page_tokens) + 1
         slots = None if config.device_budget_bytes is None else pool_slots // config.max_sessions
         share = cls(slots, working, record_bytes, config.lead > 0)

@@ -16,7 +16,7 @@ from .policies import (
     RecencyPolicy,
     ThresholdPolicy,
 )
-from .scores import TEMPERATURE, always_kept, best_first, eligible_chunks, page_maxima, page_scores
+from .scores import TEMPERATURE, always_kept, best_first, eligible_chunks, page_maxima, page_scores, pool_pages
 
 POLICY_NAMES = ("lsa", "all", "recency", "random", "carry-over", "native")
 
@@ -83,4 +83,5 @@ __all__ = [
     "make_policy",
     "page_maxima",
     "page_scores",
+    "pool_pages",
 ]

@@ -1,6 +1,6 @@
 """From chunk logits to page scores, and the rules that every policy shares.
 
-Shape letters: N = chunks, P = pages.
+Shape letters: Q = queries that share a history, N = chunks, P = pages, C = chunks of a page.
 """
 
 from __future__ import annotations
@@ -41,8 +41,12 @@ def page_scores(logits_N: torch.Tensor, page_chunks: int, num_pages: int) -> tor
     chunks above threshold would turn this around and lose needles; the plain maximum would not tell a page with one
     good chunk from a page full of them. Raises ValueError if a logit is NaN or chunks do not fit the pages.
     """
-    scores_P = TEMPERATURE * torch.logsumexp(_by_page(logits_N, page_chunks, num_pages) / TEMPERATURE, dim=1)
-    return scores_P.cpu()
+    return pool_pages(_by_page(logits_N, page_chunks, num_pages)).cpu()
+
+
+def pool_pages(logits_PC: torch.Tensor) -> torch.Tensor:
+    """The formula of `page_scores`, differentiable, on logits [..., P, C] with -inf where there is no chunk."""
+    return TEMPERATURE * torch.logsumexp(logits_PC / TEMPERATURE, dim=-1)
 
 
 def page_maxima(logits_N: torch.Tensor, page_chunks: int, num_pages: int) -> torch.Tensor:
@@ -67,4 +71,4 @@ def best_first(scores_P: torch.Tensor, excluded: Collection[int] = ()) -> list[i
     return [page for page in order if page not in gone]
 
 
-__all__ = ["TEMPERATURE", "always_kept", "best_first", "eligible_chunks", "page_maxima", "page_scores"]
+__all__ = ["TEMPERATURE", "always_kept", "best_first", "eligible_chunks", "page_maxima", "page_scores", "pool_pages"]

@@ -12,6 +12,7 @@ On CPU devices copies are immediate and tickets empty. Methods must be called fr
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -184,7 +185,10 @@ class DevicePool:
 
     def _new_part(self, slots: int, index: int) -> torch.Tensor:
         part = self.layout.parts[index]
-        pool = torch.empty(slots, part.num_bytes, dtype=torch.uint8, device=part.device)
+        try:
+            pool = torch.empty(slots, part.num_bytes, dtype=torch.uint8, device=part.device)
+        except RuntimeError as error:  # torch has no narrower one for the CPU
+            raise BudgetError(f"device ({part.device})", slots * part.num_bytes, _free_bytes(part.device)) from error
         return pool.fill_(POISON) if self.poison else pool
 
     def _fill(self, slots: Sequence[int], value: int) -> None:
@@ -195,6 +199,12 @@ class DevicePool:
     def _now(self) -> Ticket:
         """A ticket of everything the compute streams hold now."""
         return tuple(_record(device) for device in self.layout.devices)
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 class _SideStream:

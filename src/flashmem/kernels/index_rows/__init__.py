@@ -8,7 +8,12 @@ from __future__ import annotations
 
 import torch
 
-from .reference import decode_index_rows_reference, encode_index_rows_reference, hadamard_reference
+from .reference import (
+    decode_index_rows_reference,
+    encode_index_rows_reference,
+    hadamard_reference,
+    split_index_rows_reference,
+)
 
 SCALE_BYTES = 4
 
@@ -33,11 +38,24 @@ def encode_index_rows(keys_NI: torch.Tensor) -> torch.Tensor:
 
 def decode_index_rows(rows_NR: torch.Tensor) -> torch.Tensor:
     """Unpack rows uint8 [..., I + 4] into float32 keys [..., I], still in the Hadamard basis."""
-    if rows_NR.dtype is not torch.uint8 or rows_NR.shape[-1] <= SCALE_BYTES:
-        raise ValueError(f"rows must be uint8 [..., I + 4], got {rows_NR.dtype} {tuple(rows_NR.shape)}")
+    _check(rows_NR)
     if not rows_NR.numel():
         return rows_NR.new_empty((*rows_NR.shape[:-1], rows_NR.shape[-1] - SCALE_BYTES), dtype=torch.float32)
     return decode_index_rows_reference(rows_NR)
 
 
-__all__ = ["SCALE_BYTES", "decode_index_rows", "encode_index_rows", "hadamard"]
+def split_index_rows(rows_NR: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Values e4m3 [..., I] and float32 scales [...] of rows uint8 [..., I + 4]; a key is their product."""
+    _check(rows_NR)
+    if not rows_NR.numel():
+        values = rows_NR.new_empty((*rows_NR.shape[:-1], rows_NR.shape[-1] - SCALE_BYTES), dtype=torch.float8_e4m3fn)
+        return values, rows_NR.new_empty(rows_NR.shape[:-1], dtype=torch.float32)
+    return split_index_rows_reference(rows_NR)
+
+
+def _check(rows_NR: torch.Tensor) -> None:
+    if rows_NR.dtype is not torch.uint8 or rows_NR.shape[-1] <= SCALE_BYTES:
+        raise ValueError(f"rows must be uint8 [..., I + 4], got {rows_NR.dtype} {tuple(rows_NR.shape)}")
+
+
+__all__ = ["SCALE_BYTES", "decode_index_rows", "encode_index_rows", "hadamard", "split_index_rows"]

@@ -28,6 +28,11 @@ def encode_index_rows_reference(keys_NI: torch.Tensor) -> torch.Tensor:
     return torch.cat((values.view(torch.uint8), scale.contiguous().view(torch.uint8)), dim=-1)
 
 
+def split_index_rows_reference(rows_NR: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    values = rows_NR[..., :-4].contiguous().view(torch.float8_e4m3fn)
+    return values, rows_NR[..., -4:].contiguous().view(torch.float32).squeeze(-1)
+
+
 def decode_index_rows_reference(rows_NR: torch.Tensor) -> torch.Tensor:
-    values = rows_NR[..., :-4].contiguous().view(torch.float8_e4m3fn).float()
-    return values * rows_NR[..., -4:].contiguous().view(torch.float32)
+    values_NI, scale_N = split_index_rows_reference(rows_NR)
+    return values_NI.float() * scale_N.unsqueeze(-1)

@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 
 from ..index_rows import SCALE_BYTES, decode_index_rows
+from .maximum import score_chunks_max_tiled
 from .reference import score_chunks_reference
 from .tiled import score_chunks_tiled
 
@@ -22,7 +23,9 @@ def score_chunks(q: torch.Tensor, keys: torch.Tensor, w: torch.Tensor, *, impl: 
 
     Keys are index rows, uint8 [N, I + 4], or floating point [N, I]; both in the basis of the queries (rows: Hadamard).
     With one more leading dimension on all three, each batch is scored against its own keys: [B, M, N].
-    Differentiable with respect to q, w and float keys. Memory: one tile of products, whatever M and N.
+    Differentiable with respect to q, w and float keys. Memory: one tile of products, whatever M and N, in the
+    backward too ('reference' keeps them all). Under autocast to bfloat16 products are rounded to it, forward and
+    backward alike; logits and gradients are float32 sums.
     """
     if q.dim() == 3:
         return score_chunks(q.unsqueeze(0), keys.unsqueeze(0), w.unsqueeze(0), impl=impl).squeeze(0)
@@ -34,6 +37,32 @@ def score_chunks(q: torch.Tensor, keys: torch.Tensor, w: torch.Tensor, *, impl: 
         return score_chunks_tiled(q, keys, w)
     if impl == "reference":
         return score_chunks_reference(q, decode_index_rows(keys) if keys.dtype is torch.uint8 else keys, w)
+    raise ValueError(f"unknown impl {impl!r}; choose 'reference' or 'tiled'")
+
+
+def score_chunks_max(
+    q: torch.Tensor, keys: torch.Tensor, w: torch.Tensor, seen: torch.Tensor | None = None, *, impl: Impl | None = None
+) -> torch.Tensor:
+    """Return float32 [Q, N]: the largest logit over the m observed tokens of each query.
+
+    q is [Q, m, H, I], w [Q, m, H], keys as for `score_chunks` without a batch; `seen` bool [Q, m] is False where there
+    is no token (a query without any scores -inf). Differentiable like `score_chunks`; the gradient goes to one token.
+    Memory: one tile, and Q times N numbers.
+    """
+    queries = q.flatten(0, 1), keys, w.flatten(0, 1)
+    if q.dim() != 4 or w.shape != q.shape[:3] or (seen is not None and seen.shape != q.shape[:2]):
+        raise ValueError(f"q must be [Q, m, H, I], w [Q, m, H] and seen [Q, m], got {tuple(q.shape)}, {tuple(w.shape)}")
+    _check(*(x.unsqueeze(0) for x in queries))
+    if not q.shape[1]:
+        raise ValueError("there must be at least one observed token")
+    if impl == "reference":
+        logits_QmN = score_chunks(*queries, impl="reference").unflatten(0, q.shape[:2])
+        return (logits_QmN if seen is None else logits_QmN.masked_fill(~seen.unsqueeze(-1), -torch.inf)).amax(1)
+    if impl in (None, "tiled"):
+        if q.shape[1] > 1:
+            return score_chunks_max_tiled(q, keys, w, seen)
+        logits_QN = score_chunks(q[:, 0], keys, w[:, 0], impl=impl)
+        return logits_QN if seen is None else logits_QN.masked_fill(~seen, -torch.inf)
     raise ValueError(f"unknown impl {impl!r}; choose 'reference' or 'tiled'")
 
 
@@ -49,4 +78,4 @@ def _check(q: torch.Tensor, keys: torch.Tensor, w: torch.Tensor) -> None:
         )
 
 
-__all__ = ["score_chunks"]
+__all__ = ["score_chunks", "score_chunks_max"]

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .corpus import Corpus, Split
+from .corpus import Corpus, Split, encode_prose
 from .recipe import Recipe, Stage
 from .tasks import (
     FAMILIES,
@@ -67,6 +67,12 @@ class Source:
     @classmethod
     def load(cls, folder: str | Path, split: Split) -> Source:
         return cls(Lexicon.load(folder), Corpus.load(Path(folder) / f"{split}.npz"), split)
+
+    @classmethod
+    def prose(cls, model: str | Path, num_tokens: int, seed: int | str = 0) -> Source:
+        """Text of our own instead of books, for test rows; of a model's folder only tokenizer and words are read."""
+        lexicon = Lexicon.load(model)
+        return cls(lexicon, encode_prose(num_tokens, lexicon.tokenizer, seed), "test")
 
 
 def make_row(rng: random.Random, source: Source, kind: str, stage: Stage) -> Row:

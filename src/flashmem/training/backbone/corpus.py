@@ -10,14 +10,16 @@ from __future__ import annotations
 import argparse
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 from tokenizers import Tokenizer
 
+from ... import prose
 from .tokenizer import load_tokenizer, train_tokenizer
 
 Split = Literal["train", "test"]
@@ -95,9 +97,23 @@ def _is_one_token(word: str, tokenizer: Tokenizer) -> bool:
 
 def encode_books(books: Sequence[Path], tokenizer: Tokenizer) -> Corpus:
     """Tokenise whole books sentence by sentence."""
+    texts = (list(sentences_of(book.read_text(encoding="utf-8", errors="replace"))) for book in books)
+    return encode_sentences(texts, tokenizer)
+
+
+def encode_prose(num_tokens: int, tokenizer: Tokenizer, seed: int | str = 0) -> Corpus:
+    """At least so many tokens of our own chronicle (`flashmem.prose`): what stands in where there are no books."""
+    stream, pieces = prose.sentences(seed), list[Corpus]()
+    while sum(len(piece.tokens) for piece in pieces) < num_tokens:
+        pieces.append(encode_sentences([list(islice(stream, 500))], tokenizer))
+    lengths = np.concatenate([np.diff(piece.sentences) for piece in pieces])
+    return Corpus(np.concatenate([piece.tokens for piece in pieces]), np.concatenate([[0], np.cumsum(lengths)]))
+
+
+def encode_sentences(texts: Iterable[Sequence[str]], tokenizer: Tokenizer) -> Corpus:
+    """Tokenise texts given as sentences, each with the space or line break that leads it."""
     ids: list[np.ndarray] = []
-    for book in books:
-        sentences = list(sentences_of(book.read_text(encoding="utf-8", errors="replace")))
+    for sentences in texts:
         ids += [np.array(e.ids, dtype=np.uint16) for e in tokenizer.encode_batch(sentences, add_special_tokens=False)]
     ids = [piece for piece in ids if len(piece)]
     return Corpus(np.concatenate(ids), np.concatenate([[0], np.cumsum([len(piece) for piece in ids])]))

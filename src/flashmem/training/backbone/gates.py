@@ -30,6 +30,8 @@ from .long import LongForward
 from .tasks import FAMILIES, FIRST, REST, Answer, Draw, Row, compose, frequent_words_row, number, several, song, vt
 
 RESAMPLES = 2000
+PROSE_TOKENS = 400_000
+"""Longer documents go round: their text repeats, their facts do not."""
 
 
 def _single(draw: Draw) -> None:
@@ -235,7 +237,9 @@ def describe(model: Path, device: torch.device) -> dict[str, Any]:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--corpus", type=Path, required=True)
+    filler = parser.add_mutually_exclusive_group(required=True)
+    filler.add_argument("--corpus", type=Path, help="folder with the books that facts are scattered in")
+    filler.add_argument("--prose", action="store_true", help="scatter them in text of our own (flashmem.prose) instead")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--lengths", type=int, nargs="+", default=[16_384])
     parser.add_argument("--documents", type=int, nargs="+", default=[48], help="per length and kind (mixed: a sixth)")
@@ -258,9 +262,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     compute = torch.bfloat16 if device.type == "cuda" else torch.float32
     net = Backbone(sizes, {name: value.to(device) for name, value in state.items()}, compute=compute)
     report = {"bench": "backbone-gates", **describe(args.model, device), "seed": args.seed, "cells": []}
+    source = Source.prose(args.model, PROSE_TOKENS) if args.prose else Source.load(args.corpus, "test")
+    report |= {"filler": "prose" if args.prose else "books"}
     report |= {"attention": args.attention, "compute": str(compute).removeprefix("torch.")}
     measure(
-        LongForward(net, attention=args.attention), Source.load(args.corpus, "test"), device, args.out, report,
+        LongForward(net, attention=args.attention), source, device, args.out, report,
         kinds=args.kinds, lengths=args.lengths, count=args.documents, topks=args.topk, ablate_at=args.ablate_at,
         seconds=args.seconds, seed=args.seed,
     )  # fmt: skip

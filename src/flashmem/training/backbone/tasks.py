@@ -261,14 +261,14 @@ def number(draw: Draw, num_values: int | None = None, *, style: Style | None = N
         draw.questions.append(_any_order(draw, "multivalue", prompt, values, serials))
 
 
-def kv(draw: Draw) -> None:
-    """A line of key and value, with more or less between the two.
+def kv(draw: Draw, gap: str | None = None) -> None:
+    """A line of key and value, with more or less between the two: a gap that is drawn unless given.
 
     Recall is learned where the value follows its key at once, and from there over ever longer gaps: without the short
     ones the first token of a value is not learned at all.
     """
     key, value, rng = draw.key(), draw.number(6), draw.random
-    gap = rng.choice(GAPS)
+    gap = rng.choice(GAPS) if gap is None else gap
     (serial,) = draw.state(draw.words("\n", key, gap, value))
     if rng.random() < 0.75:
         asked = gap if rng.random() < 0.7 else rng.choice(GAPS)
@@ -282,9 +282,9 @@ def kv(draw: Draw) -> None:
     draw.listable.append(("kv", key, value, serial))
 
 
-def several(draw: Draw, count: int) -> bool:
-    """Ask for `count` facts of one family at once, answered with their keys, in the order asked."""
-    family = draw.random.choice(draw.listable)[0]
+def several(draw: Draw, count: int, family: str | None = None) -> bool:
+    """Ask for `count` facts of one family (drawn unless given) at once, answered with their keys, as asked."""
+    family = family or draw.random.choice(draw.listable)[0]
     pool = [item for item in draw.listable if item[0] == family]
     if len(pool) < 2:
         return False
@@ -336,10 +336,12 @@ def vt(draw: Draw, hops: int | None = None, *, style: Style | None = None) -> No
     draw.questions.append(Question("vt", prompt, [*answer, EOS_ID], [*weights, REST], statements=serials))
 
 
-def talk(draw: Draw) -> None:
-    """Someone's favourite thing, changed once or twice now and then."""
+def talk(draw: Draw, changes: int | None = None) -> None:
+    """Someone's favourite thing; changed once or twice now and then, unless the number of changes is given."""
     name, attribute = draw.name(), draw.random.choice(ATTRIBUTES)
-    values = [draw.pair_value() for _ in range(1 + (draw.random.random() < 0.5) + (draw.random.random() < 0.2))]
+    if changes is None:
+        changes = (draw.random.random() < 0.5) + (draw.random.random() < 0.2)
+    values = [draw.pair_value() for _ in range(1 + changes)]
     chain = [draw.words(f"\nUser: My name is {name} and my favourite {attribute} is", values[0], ".")]
     for value in values[1:]:
         chain.append(draw.words(f"\nUser: It is {name} again, my favourite {attribute} is now", value, "."))
