@@ -16,8 +16,10 @@ from flashmem import Engine, LSAConfig
 from flashmem.backbone import random_model
 from flashmem.engine import Session
 from flashmem.evaluation import policies
+from flashmem.evaluation.decoding import decode
 from flashmem.evaluation.items import Document, Item, ItemSet
-from flashmem.evaluation.runner import RunConfig, decode, read_samples, run_items
+from flashmem.evaluation.runner import RunConfig, run_items
+from flashmem.evaluation.samples import read_samples
 from flashmem.policy import AllPages, BudgetPolicy, RandomPolicy, RecencyPolicy
 
 STANDARD = policies.parse_policies(policies.STANDARD)
@@ -209,12 +211,62 @@ def test_masses_are_the_attention_of_every_cycle(engine: Engine, items: ItemSet)
         snapshot = session.snapshot()
     masses: list[torch.Tensor] = []
     with engine.resume(snapshot, policy=AllPages()) as session:
-        decode(engine, [session], [TAU + 4], [masses])  # that many steps less one
+        decode(engine, [session], [TAU + 4], masses=[masses])  # that many steps less one
     assert engine.on_picks is None
     assert len(masses) == 2
     heads, layers = engine.geometry.num_heads, len(engine.geometry.csa_layers)
     for mass, steps in zip(masses, (TAU, 3), strict=True):
         assert bool((mass >= 0).all()) and 0 < float(mass.sum()) < heads * layers * steps
+
+
+def test_conversations_keep_a_session_per_policy(engine: Engine, tmp_path: Path) -> None:
+    """The second turn goes on from what each policy answered to the first one; LSA brings back what it needs."""
+    turns = tuple(
+        Item(
+            id=f"c-{turn}", task=f"turn {turn}", length=TOKENS, document="d", question=tokens(9, 40 + turn),
+            answers=("1",), scorer="all", max_new_tokens=TAU + 2, conversation="c",
+        )
+        for turn in (1, 2)
+    )  # fmt: skip
+    items = ItemSet(
+        suite="test", documents=(Document(id="d", content=tokens(TOKENS, 3)),), items=turns, sha256="1" * 64
+    )
+    contenders = policies.parse_policies(["full", "lsa", "recency@match", "oracle@match"])
+    rows = read_samples(run_items(engine, items, contenders, tmp_path))
+    assert len(rows) == 2 * len(contenders)
+    for policy in ("full", "lsa", "recency@match", "oracle@match"):
+        first, second = (of([row for row in rows if row["id"] == item.id], policy)[item.id] for item in turns)
+        assert first["context_tokens"] == TOKENS + 9
+        assert second["context_tokens"] == TOKENS + 9 + first["new_tokens"] + 9
+        assert len(second["cycles"]) == 2
+
+    with engine.session() as session:  # the same by hand, under LSA
+        session.append(items.documents[0].content)
+        for item in turns:
+            answer = session.generate(item.question, max_new_tokens=TAU + 2)
+            assert of(rows, "lsa")[item.id]["prediction"] == " ".join(map(str, answer))
+    for row in (row for row in rows if "@match" in row["policy"]):
+        assert [c["selected"] for c in row["cycles"]] == [c["selected"] for c in of(rows, "lsa")[row["id"]]["cycles"]]
+        assert row["mass_recall"] is not None
+
+
+def test_given_continuations_are_scored_token_by_token(engine: Engine, tmp_path: Path) -> None:
+    target = tokens(TAU + 3, 8)
+    item = Item(
+        id="p", task="perplexity", length=TOKENS, document="d", question=(), answers=(), scorer="all",
+        max_new_tokens=len(target), target=target,
+    )  # fmt: skip
+    content = tokens(TOKENS, 4)
+    items = ItemSet(suite="test", documents=(Document(id="d", content=content),), items=(item,), sha256="2" * 64)
+    rows = read_samples(run_items(engine, items, policies.parse_policies(["full", "lsa"]), tmp_path))
+    assert [len(row["losses"]) for row in rows] == [len(target)] * 2
+    assert rows[0]["losses"][0] == rows[1]["losses"][0] and rows[0]["losses"][-1] != rows[1]["losses"][-1]
+    assert len(rows[1]["cycles"]) == 2 and "score" not in rows[0]
+    engine.close()
+    model = engine.backbone.model  # stock again
+    logits = model(torch.tensor([[*content, *target]])).logits[0, TOKENS - 1 : -1].log_softmax(-1)
+    expected = -logits[torch.arange(len(target)), list(target)]
+    assert rows[0]["losses"] == pytest.approx(expected.tolist(), abs=2e-4)
 
 
 @pytest.mark.parametrize(

@@ -86,9 +86,13 @@ def introduction(metrics: Metrics) -> list[str]:
 
 def tables(metrics: Metrics) -> list[Table]:
     """All tables of a report."""
-    made = [_layout(metrics, accounting, meaning) for accounting, meaning in _ACCOUNTINGS.items()]
-    made += [_ratios(metrics), _recall(metrics), _intervals(metrics)]
-    return made + ([_comparisons(metrics)] if metrics["comparisons"] else [])
+    made: list[Table] = []
+    if metrics["rows"]:
+        made += [_layout(metrics, accounting, meaning) for accounting, meaning in _ACCOUNTINGS.items()]
+        made += [_ratios(metrics), _recall(metrics), _intervals(metrics)]
+    if metrics["comparisons"]:
+        made.append(_comparisons(metrics))
+    return made + ([_perplexity(metrics)] if metrics["perplexity"] else [])
 
 
 def _layout(metrics: Metrics, accounting: str, meaning: str) -> Table:
@@ -96,7 +100,7 @@ def _layout(metrics: Metrics, accounting: str, meaning: str) -> Table:
     cells = {(c["task"], c["length"], c["policy"]): c for c in metrics["cells"]}
     rows = [
         [
-            f"{row['task']} {tokens(row['length'])}",
+            _row_name(row),
             *(_score_gib(cells[row["task"], row["length"], policy], accounting) for policy in metrics["policies"]),
         ]
         for row in metrics["rows"]
@@ -130,7 +134,7 @@ def _ratios(metrics: Metrics) -> Table:
 def _recall(metrics: Metrics) -> Table:
     rows = [
         [
-            f"{c['task']} {tokens(c['length'])}", c["policy"], _known(c["evidence_recall"]), _known(c["mass_recall"]),
+            _row_name(c), c["policy"], _known(c["evidence_recall"]), _known(c["mass_recall"]),
             f"{c['cycles']:.2f}", f"{c['moved_bytes'] / 2**20:.3g}", f"{c['widened']} / {c['early']}",
         ]
         for c in metrics["cells"]
@@ -148,7 +152,7 @@ def _recall(metrics: Metrics) -> Table:
 def _intervals(metrics: Metrics) -> Table:
     rows = [
         [
-            f"{c['task']} {tokens(c['length'])}", c["policy"], str(c["n"]), str(c["documents"]), percent(c["score"]),
+            _row_name(c), c["policy"], str(c["n"]), str(c["documents"]), percent(c["score"]),
             _interval(c["interval"]), c["interval_kind"], f"{c['right']} of {c['answers']}",
             _interval(c["right_interval"]),
         ]
@@ -177,8 +181,8 @@ def _comparisons(metrics: Metrics) -> Table:
                 f"{100 * c['difference']:+.1f}",
                 "-" if gap is None else f"{100 * gap[0]:+.1f} to {100 * gap[1]:+.1f}",
                 f"{c['gained']} / {c['lost']}",
-                _p_value(c["mcnemar_p"]) if pooled else f"{_p_value(c['mcnemar_p'])} ({_p_value(c['holm_p'])})",
-                _p_value(c["noninferior_p"]),
+                p_value(c["mcnemar_p"]) if pooled else f"{p_value(c['mcnemar_p'])} ({p_value(c['holm_p'])})",
+                p_value(c["noninferior_p"]),
                 "yes" if c["noninferior"] else "no",
             ]
         )
@@ -194,12 +198,43 @@ def _comparisons(metrics: Metrics) -> Table:
     return Table("Paired comparisons", text, head, rows)
 
 
+def _perplexity(metrics: Metrics) -> Table:
+    rows = []
+    for entry in metrics["perplexity"]:
+        gap, ends = entry.get("above_full"), entry.get("above_full_interval")
+        rows.append(
+            [
+                f"{tokens(entry['length'])}, tokens {entry['first'] + 1}-{entry['last']}",
+                entry["policy"],
+                str(entry["n"]),
+                f"{entry['nats']:.4f}",
+                f"{entry['perplexity']:.3f}",
+                "-" if gap is None else f"{gap:+.4f}",
+                "-" if ends is None else f"{ends[0]:+.4f} to {ends[1]:+.4f}",
+                percent(entry["paper_ratio_of_means"]),
+            ]
+        )
+    text = (
+        "Rows: tokens before the continuation, and which of its tokens. Above full: nats per token more than with full "
+        "attention on the same passages, with a bootstrap interval over them. KV: percent of a full cache, paper "
+        "accounting."
+    )
+    head = ["", "policy", "passages", "nats", "perplexity", "above full", "95 %", "KV"]
+    return Table("Perplexity", text, head, rows)
+
+
 def tokens(count: int) -> str:
-    """65536 is 64K."""
+    """65536 is 64K; 0, a length that is not fixed, is nothing."""
+    if not count:
+        return ""
     for unit, size in (("M", 1024**2), ("K", 1024)):
         if count >= size and count % size == 0:
             return f"{count // size}{unit}"
     return f"{count:,}"
+
+
+def _row_name(row: Mapping[str, Any]) -> str:
+    return f"{row['task']} {tokens(row['length'])}".rstrip()
 
 
 def percent(share: float) -> str:
@@ -214,7 +249,7 @@ def _interval(ends: Sequence[float] | None) -> str:
     return "-" if ends is None else f"{percent(ends[0])}-{percent(ends[1])}"
 
 
-def _p_value(p: float) -> str:
+def p_value(p: float) -> str:
     return f"{p:.3f}" if p >= 0.001 else "<0.001"
 
 
@@ -232,4 +267,4 @@ def _known(share: float | None) -> str:
     return "-" if share is None else percent(share)
 
 
-__all__ = ["Table", "introduction", "markdown", "percent", "tables", "title", "tokens"]
+__all__ = ["Table", "introduction", "markdown", "p_value", "percent", "tables", "title", "tokens"]
