@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -13,6 +15,7 @@ from flashmem.evaluation import compare, metrics, stats
 from flashmem.evaluation.report import write_report
 from flashmem.evaluation.table import markdown
 
+BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 POLICIES = [("full", 0), ("lsa", 0), ("random@match", 0), ("random@match", 1)]
 HELD = {"full": 1000, "lsa": 100, "random@match": 100}
 
@@ -209,3 +212,17 @@ def test_the_report_is_complete_and_loads_nothing(out: Path) -> None:
     write_report(out)
     assert (out / "report.html").read_text() == first  # the same samples give the same page
     assert made["policies"] == ["full", "lsa", "random@match"]
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium here")
+def test_the_report_opens_in_a_browser(out: Path, tmp_path: Path) -> None:
+    write_report(out)
+    assert BROWSER is not None
+    options = [
+        "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}",
+        "--host-resolver-rules=MAP * ~NOTFOUND", "--virtual-time-budget=2000", "--dump-dom",
+    ]  # fmt: skip
+    page = (out / "report.html").as_uri()
+    done = subprocess.run([BROWSER, *options, page], check=True, capture_output=True, text=True, timeout=120)
+    assert done.stdout.count("<svg") == 5 and done.stdout.count("<table>") == 6
+    assert "<h1>test</h1>" in done.stdout and "CONSOLE" not in done.stderr
