@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -35,6 +36,7 @@ def add_command(parent: typer.Typer) -> None:
     app.command("run")(with_options(run))
     app.command("report")(report)
     app.command("compare")(compare)
+    app.command("judge")(judge)
     parent.add_typer(app, name="eval")
 
 
@@ -111,6 +113,8 @@ def run(
         batch=batch, limit=limit, memories=None if memories is None else str(memories), shard=parse_shard(shard),
         chat=chat,
     )  # fmt: skip
+    if shard == "auto" and engine.device is None and engine.device_map is None:
+        engine = replace(engine, device=process_device())
     contenders = parse_policies(policies.split(","), seeds=seeds)
     asked = read_items(items)
     loaded = engine.engine()
@@ -160,8 +164,6 @@ def compare(
 
     Example: `flashmem eval compare results/tau64 results/tau16 results/tau128`
     """
-    from dataclasses import asdict
-
     from ..evaluation.compare import compare as compare_runs
     from ..evaluation.compare import table_of
 
@@ -179,6 +181,31 @@ def compare(
         answer(table)
 
 
+def judge(
+    results: Annotated[Path, typer.Argument(help="Directory of a LongMemEval run.")],
+    base_url: Annotated[str, typer.Option(help="Where chat completions are, e.g. http://localhost:8000/v1.")],
+    model: Annotated[str, typer.Option(help="The judge's name there.")],
+    api_key_file: Annotated[Path | None, typer.Option(help="File with the key.", show_default="no key")] = None,
+    json: Json = False,
+) -> None:
+    """Let a model judge the answers; `flashmem eval report` then uses its verdicts instead of the scores.
+
+    Example: `flashmem eval judge results --base-url http://localhost:8000/v1 --model my-judge`
+    """
+    from ..evaluation.judge import chat_endpoint, judge_run
+
+    key = None if api_key_file is None else api_key_file.read_text(encoding="utf-8").strip()
+    with _progress() as tell:
+        told = judge_run(
+            results, chat_endpoint(base_url, model, key), judge=model,
+            progress=lambda done, total: tell("items", done, total),
+        )  # fmt: skip
+    if json:
+        answer_json(told)
+    else:
+        answer(f"{told['right']} of {told['asked']} answers held right")
+
+
 def parse_shard(text: str) -> tuple[int, int]:
     """'1/4' is (1, 4); 'auto' is this process among those that accelerate started."""
     if text == "auto":
@@ -190,6 +217,13 @@ def parse_shard(text: str) -> tuple[int, int]:
     if not (slash and index.isdecimal() and count.isdecimal()):
         raise ValueError(f"shard {text!r} is neither i/n nor auto")
     return int(index), int(count)
+
+
+def process_device() -> str:
+    """The device that accelerate gives this process."""
+    from accelerate import PartialState
+
+    return str(PartialState().device)
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from statistics import fmean
 from typing import Any
 
 from . import stats
+from .judge import apply_verdicts
 from .runner import ENVIRONMENT_FILE, RUN_FILE
 from .samples import BYTES, is_answer, read_samples
 
@@ -48,6 +49,7 @@ def compute(out: str | Path, *, margin: float = stats.MARGIN, floor: float | Non
     """All numbers of a run directory."""
     out = Path(out)
     samples = load_samples(out)
+    judge = apply_verdicts(out, samples)
     run = json.loads((out / RUN_FILE).read_text(encoding="utf-8"))
     environments = json.loads((out / ENVIRONMENT_FILE).read_text(encoding="utf-8"))
     floor = FLOORS.get(run["suite"], DEFAULT_FLOOR) if floor is None else floor
@@ -60,6 +62,7 @@ def compute(out: str | Path, *, margin: float = stats.MARGIN, floor: float | Non
         "version": FORMAT_VERSION,
         "run": run,
         "environments": environments,
+        "judge": judge,
         "samples": len(samples),
         "complete": len(samples) == run["samples"],
         "margin": margin,

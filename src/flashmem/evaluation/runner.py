@@ -8,6 +8,7 @@ therefore the same under every policy.
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -134,7 +135,7 @@ def _claim(out: Path, description: Mapping[str, Any]) -> None:
     path = out / RUN_FILE
     values = json.loads(json.dumps(description))
     if not path.is_file():
-        path.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+        _write_json(path, values)
         return
     found = json.loads(path.read_text(encoding="utf-8"))
     if differing := sorted(name for name in values.keys() | found.keys() if values.get(name) != found.get(name)):
@@ -146,7 +147,14 @@ def _note_environment(out: Path, values: Mapping[str, Any]) -> None:
     path = out / ENVIRONMENT_FILE
     found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
     if dict(values) not in found:
-        path.write_text(json.dumps([*found, values], indent=1) + "\n", encoding="utf-8")
+        _write_json(path, [*found, values])
+
+
+def _write_json(path: Path, values: Any) -> None:
+    """At once: other shards read it."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
 
 
 def _append(file: TextIO, row: Mapping[str, Any]) -> None:

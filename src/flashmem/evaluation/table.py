@@ -81,6 +81,8 @@ def introduction(metrics: Metrics) -> list[str]:
         "percent; policies with several seeds are means over them. The first token of an answer follows from the "
         "question's prefill, which reads the whole history under every policy.",
     ]
+    if metrics["judge"] is not None:
+        lines.append(f"Scores are verdicts of {metrics['judge']}.")
     return lines if metrics["complete"] else ["The run is incomplete: these numbers are preliminary.", *lines]
 
 
