@@ -8,6 +8,7 @@ import sys
 from itertools import islice
 
 import numpy as np
+import pytest
 
 from flashmem import prose
 from flashmem.accounting import shipped_model
@@ -38,6 +39,18 @@ def test_no_paragraph_twice_and_few_sentences_in_16k_tokens() -> None:
     assert len(set(written)) == len(written)
     sentences = list(islice(prose.sentences(5), len(corpus.sentences) - 1))
     assert len({sentence.strip() for sentence in sentences}) > 0.85 * len(sentences)
+
+
+def test_text_is_whole_paragraphs(capsys: pytest.CaptureFixture[str]) -> None:
+    text = prose.text(5000, seed=1)
+    lines = text.splitlines()
+    assert 5000 <= len(text) < 5000 + len(lines[-1]) + 1
+    assert lines == paragraphs(len(lines), seed=1)
+    prose.main(["5000", "--seed", "1"])
+    assert capsys.readouterr().out == text
+    assert prose.text(0) == ""
+    with pytest.raises(ValueError, match="must not be negative, got -1"):
+        prose.text(-1)
 
 
 def test_sentences_are_clean() -> None:

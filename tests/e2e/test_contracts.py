@@ -93,7 +93,16 @@ def test_every_boundary_of_a_prompt(model: Any, text_logits: torch.Tensor, chunk
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("chunk", LENGTHS)
 def test_every_length_of_a_prompt(model: Any, text_logits: torch.Tensor, chunk: int) -> None:
-    check_lengths(model, text_logits, range(301), chunk)
+    """301 sessions, which then decode as one batch."""
+    with engine_of(model, prefill_chunk=chunk, tau=3) as engine:
+        sessions = [engine.session() for _ in range(301)]
+        for length, session in enumerate(sessions):
+            session.append(TEXT[:length])
+            if length:
+                close_to(session.next_logits, text_logits[length - 1])
+        for step in range(AFTER):
+            logits = engine.decode(sessions, TEXT[step : step + 301])
+            close_to(logits, text_logits[step : step + 301])
 
 
 @pytest.mark.parametrize("length", [3, 61])

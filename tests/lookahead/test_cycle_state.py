@@ -253,7 +253,7 @@ def run(histories: int, rules: int, phases: Collection[Phase] = tuple(Phase)) ->
 
 @pytest.mark.slow
 def test_random_lives() -> None:
-    run(60, 30, (Phase.generate,))  # the module's own program shrinks
+    run(90, 30, (Phase.generate,))  # the module's own program shrinks
     assert counted["steps"] > 2000 and counted["rules"] > 1000, counted
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -64,6 +65,20 @@ def test_the_published_recipe_runs(shards: ShardReader, tmp_path: Path) -> None:
     trainer = Trainer(shards, start_indexer(), config, tmp_path, cpu=True)
     trainer.train()
     assert trainer.indexer.config.observation_window == 1 and trainer.step == 4
+
+
+def test_bfloat16_products_train_as_well(shards: ShardReader, tmp_path: Path) -> None:
+    losses, weights = [], []
+    for precision in ("no", "bf16"):
+        config = replace(CONFIG, mixed_precision=precision, epochs=8)
+        trainer = Trainer(shards, start_indexer(), config, tmp_path / precision, cpu=True)
+        trainer.train(log_every=4)
+        rows = [json.loads(line)["loss"] for line in (tmp_path / precision / LOG).read_text().splitlines()]
+        losses.append((rows[0], rows[-1]))
+        weights.append(trainer.indexer.layers[0].wq_a.weight.detach())
+    assert all(last < 0.9 * first for first, last in losses)
+    assert losses[1][1] == pytest.approx(losses[0][1], rel=0.05)
+    assert weights[1].dtype is torch.float32 and not torch.equal(*weights)
 
 
 def test_a_resumed_run_is_the_uninterrupted_one(shards: ShardReader, tmp_path: Path) -> None:
@@ -174,7 +189,30 @@ def test_settings_come_from_yaml_and_unknown_ones_are_refused(tmp_path: Path) ->
     for change, message in (
         ({"losses": {"mse": 1.0}}, "unknown losses: mse"), ({"epochs": 0}, "epochs"), ({"observe": 0}, "observe"),
         ({"budgets": (0.2, 0.1)}, "budgets"), ({"target": {"clicks": 1.0}}, "clicks"),
-        ({"negatives": 0.0}, "negatives"),
+        ({"negatives": 0.0}, "negatives"), ({"ensemble": "sum"}, "ensemble must be one of max, mean"),
+        ({"save_every": -1}, "save_every"), ({"budgets": (0.1,)}, "two numbers"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             TrainConfig(**change)  # type: ignore[arg-type]
+
+
+def test_values_of_settings_have_the_type_of_their_field() -> None:
+    made = TrainConfig.from_mapping(
+        {"learning_rate": "1e-4", "mixed_precision": False, "layer_weights": {"1": 1}, "budgets": [0.1, 1], "clip": 2}
+    )
+    assert (made.learning_rate, made.mixed_precision, made.layer_weights, made.budgets, made.clip) == (
+        1e-4, "no", {1: 1.0}, (0.1, 1.0), 2.0,
+    )  # fmt: skip
+    for change, message in (
+        ({"learning_rate": "fast"}, "learning_rate must be a number, got 'fast'"),
+        ({"warmup": float("nan")}, "warmup must be a number"),
+        ({"clip": True}, "clip must be a number, got True"),
+        ({"epochs": 2.5}, "epochs must be int, got 2.5"),
+        ({"epochs": None}, "epochs must be int, got None"),
+        ({"tensorboard": 1}, "tensorboard must be bool"),
+        ({"losses": ["bce"]}, "losses must be Mapping"),
+        ({"target_layers": ["a"]}, "target_layers must be int, got 'a'"),
+        ({"mixed_precision": "fp16"}, "mixed_precision must be one of no, bf16"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            TrainConfig.from_mapping(change)

@@ -38,7 +38,7 @@ def run(
         pieces = text.stream(
             session, question if raw else engine.defaults().ask(question), **generate.sampling(engine.seed)
         )
-        reply = "".join(pieces)
+        reply = "".join(text.spoken(pieces))
         stats = session.stats()
     if json:
         answer_json({"answer": reply, "stats": stats})

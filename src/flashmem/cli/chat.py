@@ -52,7 +52,7 @@ def _turn(session: flashmem.Session, line: str, prompt: str, sampling: dict[str,
     elif line.startswith("/"):
         log(_HELP)
     elif line:
-        for piece in text.stream(session, prompt, **sampling):
+        for piece in text.spoken(text.stream(session, prompt, **sampling)):
             typer.echo(piece, nl=False)
         typer.echo()
 

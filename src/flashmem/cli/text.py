@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -49,4 +49,13 @@ def stream(session: flashmem.Session, prompt: str, **sampling: Any) -> Iterator[
         yield tokenizer.decode(ids, skip_special_tokens=True)[len(shown) :]
 
 
-__all__ = ["append", "content_of", "stream"]
+def spoken(pieces: Iterable[str]) -> Iterator[str]:
+    """The pieces of an answer without the white space before it, which a terminal need not show."""
+    begun = False
+    for piece in pieces:
+        shown = piece if begun else piece.lstrip()
+        begun = begun or bool(shown)
+        yield shown
+
+
+__all__ = ["append", "content_of", "spoken", "stream"]

@@ -52,7 +52,10 @@ def run(
         name, equals, value = text.partition("=")
         if not equals:
             raise ValueError(f"a setting is given as name=value, got {text!r}")
-        changes[name] = yaml.safe_load(value)
+        try:
+            changes[name] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ValueError(f"{name}={value} is not YAML") from error
     if recipe not in ("ours", "published"):
         raise ValueError(f"recipe must be 'ours' or 'published', got {recipe!r}")
     base = TrainConfig.published().to_mapping() if recipe == "published" else {}
@@ -62,7 +65,8 @@ def run(
     trainer = Trainer(reader, begin, made, output, cpu=cpu)
     if resume:
         trainer.resume()
-        log(f"resumed at step {trainer.step} of {trainer.total_steps}")
+        if trainer.accelerator.is_main_process:
+            log(f"resumed at step {trainer.step} of {trainer.total_steps}")
     elif (output / LOG).exists():
         raise ValueError(f"{output} holds a run already; resume it with --resume or choose another directory")
     last: dict[str, Any] = {}
@@ -73,6 +77,8 @@ def run(
         log(f"step {row['step']} of {trainer.total_steps}: loss {row['loss']:.4f}, {pace}")
 
     trainer.train(on_row=tell)
+    if not trainer.accelerator.is_main_process:
+        return
     result = {"indexer": str(output / INDEXER), "steps": trainer.step, "loss": last.get("loss"),
               "fingerprint": trainer.indexer.fingerprint()}  # fmt: skip
     if json:

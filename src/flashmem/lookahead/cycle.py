@@ -249,15 +249,18 @@ class Cycle:
         counts = [values.get("steps"), *(stats.values() if isinstance(stats, dict) else ())]
         if (
             not isinstance(values.get("due"), bool)
-            or not all(isinstance(table, dict) and self._is_table(table) for table in tables)
+            or not all(isinstance(table, dict) and self._is_table(table, values["due"]) for table in tables)
             or not isinstance(stats, dict)
             or stats.keys() != {item.name for item in fields(CycleStats)}
             or not all(type(count) is int and count >= 0 for count in counts)
         ):
             raise DamagedError("the memory is damaged: its cycle makes no sense")
 
-    def _is_table(self, table: Mapping[str, Any]) -> bool:
-        """Whether a saved page table is one of this session: the selection within it, the page being filled too."""
+    def _is_table(self, table: Mapping[str, Any], due: bool) -> bool:
+        """Whether a saved page table is one of this session: the selection within it, the page being filled too.
+
+        Where level 1 is due the selection may be an old one: a prefill that failed has made room already.
+        """
         selection, resident, count = table.get("selection"), table.get("resident"), self.pages.num_pages
         for pages in (selection, resident):
             if not isinstance(pages, list) or not all(type(page) is int and 0 <= page < count for page in pages):
@@ -266,7 +269,7 @@ class Cycle:
                 return False
         assert isinstance(selection, list) and isinstance(resident, list)
         filling = self.pages.num_chunks % self.config.page_chunks
-        return set(selection) <= set(resident) and (not filling or count - 1 in resident)
+        return (due or set(selection) <= set(resident)) and (not filling or count - 1 in resident)
 
     def check(self) -> None:
         assert 0 <= self.steps <= self.config.tau

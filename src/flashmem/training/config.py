@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -75,10 +76,16 @@ class TrainConfig:
         for name in ("observe", "queries_per_document", "num_heads", "q_rank"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+        for name in ("sink_pages", "save_every", "focal_gamma", "weight_decay"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        for name, choices in (("ensemble", ("max", "mean")), ("mixed_precision", ("no", "bf16"))):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
         if self.negatives is not None and self.negatives <= 0:
             raise ValueError(f"negatives must be positive, got {self.negatives}")
-        if not 0 < self.budgets[0] <= self.budgets[1] <= 1:
-            raise ValueError(f"budgets must lie in (0, 1], ascending, got {self.budgets}")
+        if len(self.budgets) != 2 or not 0 < self.budgets[0] <= self.budgets[1] <= 1:
+            raise ValueError(f"budgets must be two numbers in (0, 1], ascending, got {self.budgets}")
         if self.learning_rate <= 0 or not 0 <= self.warmup < 1 or self.clip <= 0 or self.budget_width <= 0:
             raise ValueError("learning_rate, clip and budget_width must be positive and warmup lie in [0, 1)")
 
@@ -104,21 +111,46 @@ class TrainConfig:
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> TrainConfig:
-        """Raises ValueError for unknown keys."""
+        """What YAML or JSON gave. Raises ValueError for unknown keys and values of another type."""
         names = {item.name for item in fields(cls)}
         if unknown := sorted(map(str, values.keys() - names)):
             raise ValueError(f"unknown training settings: {', '.join(unknown)}; known are {', '.join(sorted(names))}")
-        made = dict(values)
-        for name in ("target_layers", "budgets"):
-            if made.get(name) is not None:
-                made[name] = tuple(made[name])
-        if "layer_weights" in made:
-            made["layer_weights"] = {int(csa): float(weight) for csa, weight in made["layer_weights"].items()}
-        return cls(**made)
+        kinds = {item.name: str(item.type) for item in fields(cls)}
+        return cls(**{name: _read(name, kinds[name], value) for name, value in values.items()})
 
     def to_mapping(self) -> dict[str, Any]:
         """What JSON can hold; `from_mapping` reads it back."""
         return json.loads(json.dumps(asdict(self)))
+
+
+def _read(name: str, kind: str, value: Any) -> Any:
+    """A value of a field annotated `kind`."""
+    kind, _, optional = kind.partition(" | ")
+    if value is None and optional:
+        return None
+    if kind == "float":
+        return _number(name, value)
+    if (kind, type(value)) in (("int", int), ("bool", bool)):
+        return value
+    if kind.startswith("Literal"):
+        return "no" if value is False else value  # YAML reads a bare no as false
+    if kind.startswith("tuple") and isinstance(value, list | tuple):
+        return tuple(_read(name, "int" if "int" in kind else "float", item) for item in value)
+    if kind.startswith("Mapping") and isinstance(value, Mapping):
+        key = int if "int" in kind else str
+        return {key(item): _number(name, weight) for item, weight in value.items()}
+    raise ValueError(f"{name} must be {kind}, got {value!r}")
+
+
+def _number(name: str, value: Any) -> float:
+    """A finite number; YAML 1.1 reads 1e-4 as text."""
+    try:
+        number = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise ValueError(f"{name} must be a number, got {value!r}")
+    return number
 
 
 __all__ = ["LOSSES", "TrainConfig"]

@@ -1,16 +1,18 @@
 """A training run: documents in a seeded order, several per step, with exact resume.
 
 The unit is a document: its keys are read once and all its queries are scored against all its chunks. Processes share a
-step's documents (accelerate: devices, mixed precision, gradients averaged over processes).
+step's documents (accelerate: devices, gradients averaged over processes).
 """
 
 from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -43,11 +45,14 @@ class _Objective(nn.Module):
         self.indexer, self.config = indexer, config
 
     def forward(
-        self, documents: Sequence[Queries], generator: torch.Generator
+        self, documents: Sequence[tuple[Queries, torch.Generator]]
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         losses, parts = [], []
-        for queries in documents:
-            loss, named = total_loss(queries.logits(self.indexer), queries, self.config, generator)
+        rounds = self.config.mixed_precision == "bf16"
+        for queries, generator in documents:
+            with torch.autocast(queries.need.device.type, torch.bfloat16, enabled=rounds):
+                logits_QN = queries.logits(self.indexer)
+            loss, named = total_loss(logits_QN, queries, self.config, generator)
             losses.append(loss)
             parts.append(named)
         means = {name: torch.stack([part[name] for part in parts]).mean() for name in self.config.losses}
@@ -62,31 +67,29 @@ class Trainer:
     ) -> None:
         """Raises ValueError where shards, start and config do not fit together."""
         self.shards, self.config, self.out = shards, config, Path(out)
-        if not len(shards):
-            raise ValueError(f"{shards.directory} holds no documents")
-        observe = config.observe or shards.meta.observe
-        if observe > shards.meta.observe:
-            raise ValueError(f"observe={observe}, but the shards hold {shards.meta.observe} hidden states per query")
-        indexer = start.derive(
-            layers=config.target_layers, num_heads=config.num_heads, q_rank=config.q_rank, ensemble=config.ensemble,
-            observation_window=observe, seed=config.seed,
-        )  # fmt: skip
-        _check_fits(indexer.config, shards)
+        indexer = starting_indexer(start, shards, config)
+        if config.tensorboard and find_spec("tensorboard") is None:
+            raise ValueError("tensorboard=true needs tensorboard: pip install 'flashmem[train]'")
+        # precision is the objective's: accelerate's holds for the whole process and cannot change from run to run
         self.accelerator = Accelerator(
-            cpu=cpu, mixed_precision=config.mixed_precision, log_with="tensorboard" if config.tensorboard else None,
+            cpu=cpu, mixed_precision="no", log_with="tensorboard" if config.tensorboard else None,
             project_dir=str(self.out),
         )  # fmt: skip
+        # without a GPU, accelerate takes the processes of a launcher for as many single ones unless it is told cpu=True
+        if (launched := int(os.environ.get("WORLD_SIZE", "1"))) != self.accelerator.num_processes:
+            raise ValueError(
+                f"launched as {launched} processes, but {self.accelerator.num_processes} would train together; "
+                "without GPUs, pass --cpu"
+            )
         if config.documents_per_step % self.accelerator.num_processes:
             raise ValueError(
                 f"documents_per_step={config.documents_per_step} must be a multiple of the "
                 f"{self.accelerator.num_processes} processes"
             )
-        indexer.offset.requires_grad_(False)  # calibration's, not training's
-        indexer.train()
-        self.optimizer = torch.optim.AdamW(
-            _decay_groups(indexer, config.weight_decay), lr=config.learning_rate, betas=(0.9, 0.95)
+        self.optimizer = make_optimizer(indexer, config)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer, lambda step: learning_rate_share(step, self.total_steps, config.warmup)
         )
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._rate)
         self.objective, self.optimizer = self.accelerator.prepare(_Objective(indexer, config), self.optimizer)
         self.step = 0
 
@@ -96,37 +99,23 @@ class Trainer:
 
     @property
     def steps_per_epoch(self) -> int:
-        return math.ceil(len(self.shards) / self.config.documents_per_step)
+        return steps_per_epoch(len(self.shards), self.config)
 
     @property
     def total_steps(self) -> int:
         return self.config.epochs * self.steps_per_epoch
 
-    def _rate(self, step: int) -> float:
-        warm = max(1, round(self.config.warmup * self.total_steps))
-        if step < warm and self.config.warmup:
-            return (step + 1) / warm
-        return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warm) / max(1, self.total_steps - warm))))
+    def documents(self, step: int) -> list[tuple[int, torch.Generator]]:
+        """This process's documents of a step: a seeded permutation per epoch, filled up from its beginning.
 
-    def documents(self, step: int) -> list[int]:
-        """This process's documents of a step: a seeded permutation per epoch, filled up from its beginning."""
+        Each comes with the stream of its random draws, which is the same whichever process has it, resumed or not.
+        """
         epoch, index = divmod(step, self.steps_per_epoch)
-        generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + epoch)
-        order = torch.randperm(len(self.shards), generator=generator).tolist()
-        size, share = self.config.documents_per_step, self.accelerator.num_processes
-        mine = range(index * size + self.accelerator.process_index, (index + 1) * size, share)
-        return [order[i % len(order)] for i in mine]
-
-    def queries(self, index: int, generator: torch.Generator) -> Queries:
-        """One document, as this run reads it."""
-        config = self.config
-        made = queries_of(
-            self.shards[index], self.shards.meta, page_rules(config), target=dict(config.target),
-            layer_weights=config.layer_weights, layers=self.indexer.target_layers,
-        )  # fmt: skip
-        if config.queries_per_document is not None and config.queries_per_document < len(made):
-            made = made.pick(torch.randperm(len(made), generator=generator)[: config.queries_per_document])
-        return made.to(self.accelerator.device)
+        order = torch.randperm(len(self.shards), generator=_stream(self.config.seed * 1_000_003 + epoch)).tolist()
+        size = self.config.documents_per_step
+        places = range(self.accelerator.process_index, size, self.accelerator.num_processes)
+        seed = (self.config.seed * 1_000_003 + step) * 1009
+        return [(order[(index * size + place) % len(order)], _stream(seed + place)) for place in places]
 
     def train(self, *, until: int | None = None, log_every: int = 10, on_row: Report | None = None) -> None:
         """Run to the end, or to a step; writes the checkpoint and the indexer at the end of what it ran."""
@@ -151,14 +140,17 @@ class Trainer:
         self.save()
 
     def _step(self) -> dict[str, float]:
-        # one stream per step and process: a resumed run draws what the uninterrupted one would
-        seed = (self.config.seed * 1_000_003 + self.step) * 1009 + self.accelerator.process_index
-        generator = torch.Generator().manual_seed(seed)
-        documents = [self.queries(index, generator) for index in self.documents(self.step)]
-        loss, parts = self.objective(documents, generator)
+        layers, device = self.indexer.target_layers, self.accelerator.device
+        documents = [
+            (read_queries(self.shards, index, layers, self.config, stream).to(device), stream)
+            for index, stream in self.documents(self.step)
+        ]
+        loss, parts = self.objective(documents)
         self.accelerator.backward(loss)
         norm = self.accelerator.clip_grad_norm_(self.objective.parameters(), self.config.clip)
-        values = {"loss": loss.item(), **{name: part.item() for name, part in parts.items()}, "norm": float(norm)}
+        named = {"loss": loss.detach(), **parts, "norm": torch.as_tensor(norm).to(loss)}
+        means = self.accelerator.reduce(torch.stack(list(named.values())), reduction="mean").tolist()
+        values = dict(zip(named, means, strict=True))
         if not math.isfinite(values["loss"]):
             raise FloatingPointError(f"the loss is {values['loss']} at step {self.step}")
         self.optimizer.step()
@@ -185,6 +177,7 @@ class Trainer:
             shutil.rmtree(fresh, ignore_errors=True)
         self.accelerator.wait_for_everyone()
         self.accelerator.save_state(str(fresh), safe_serialization=True)
+        self.accelerator.wait_for_everyone()  # every process writes its own random state
         if self.accelerator.is_main_process:
             state = {"step": self.step, "config": self.config.to_mapping(), "documents": list(self.shards.rids)}
             state["schedule"] = self.schedule.state_dict()
@@ -216,12 +209,59 @@ class Trainer:
         self.step = state["step"]
 
 
-def _decay_groups(indexer: MemoryIndexer, decay: float) -> list[dict[str, Any]]:
+def starting_indexer(start: MemoryIndexer, shards: ShardReader, config: TrainConfig) -> MemoryIndexer:
+    """The indexer that a run trains. Raises ValueError where shards, start and config do not fit together."""
+    if not len(shards):
+        raise ValueError(f"{shards.directory} holds no documents")
+    observe = config.observe or shards.meta.observe
+    if observe > shards.meta.observe:
+        raise ValueError(f"observe={observe}, but the shards hold {shards.meta.observe} hidden states per query")
+    indexer = start.derive(
+        layers=config.target_layers, num_heads=config.num_heads, q_rank=config.q_rank, ensemble=config.ensemble,
+        observation_window=observe, seed=config.seed,
+    )  # fmt: skip
+    _check_fits(indexer.config, shards)
+    indexer.offset.requires_grad_(False)  # calibration's, not training's
+    return indexer.train()
+
+
+def make_optimizer(indexer: MemoryIndexer, config: TrainConfig) -> torch.optim.Optimizer:
+    """AdamW; norm weights do not decay."""
     trained = [p for p in indexer.parameters() if p.requires_grad]
-    return [
-        {"params": [p for p in trained if p.dim() > 1], "weight_decay": decay},
+    groups = [
+        {"params": [p for p in trained if p.dim() > 1], "weight_decay": config.weight_decay},
         {"params": [p for p in trained if p.dim() <= 1], "weight_decay": 0.0},
     ]
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.95))
+
+
+def learning_rate_share(step: int, total_steps: int, warmup: float) -> float:
+    """Linear to 1 over the warm-up, then a cosine to 0."""
+    warm = max(1, round(warmup * total_steps)) if warmup else 0
+    if step < warm:
+        return (step + 1) / warm
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warm) / max(1, total_steps - warm))))
+
+
+def steps_per_epoch(documents: int, config: TrainConfig) -> int:
+    return math.ceil(documents / config.documents_per_step)
+
+
+def read_queries(
+    shards: ShardReader, key: int | str, layers: tuple[int, ...], config: TrainConfig, generator: torch.Generator
+) -> Queries:
+    """One document as a run reads it, on the CPU; `generator` draws its queries."""
+    made = queries_of(
+        shards[key], shards.meta, page_rules(config), target=dict(config.target),
+        layer_weights=config.layer_weights, layers=layers,
+    )  # fmt: skip
+    if config.queries_per_document is not None and config.queries_per_document < len(made):
+        made = made.pick(torch.randperm(len(made), generator=generator)[: config.queries_per_document])
+    return made
+
+
+def _stream(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
 
 
 def _check_fits(config: IndexerConfig, shards: ShardReader) -> None:
@@ -236,4 +276,15 @@ def _check_fits(config: IndexerConfig, shards: ShardReader) -> None:
         raise ValueError(f"the shards hold CSA indices {list(shards.meta.layers)}, not {absent}")
 
 
-__all__ = ["CHECKPOINT", "INDEXER", "LOG", "Trainer", "page_rules"]
+__all__ = [
+    "CHECKPOINT",
+    "INDEXER",
+    "LOG",
+    "Trainer",
+    "learning_rate_share",
+    "make_optimizer",
+    "page_rules",
+    "read_queries",
+    "starting_indexer",
+    "steps_per_epoch",
+]

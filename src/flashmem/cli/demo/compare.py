@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+
 import flashmem
 
 from ...config import LSAConfig
@@ -81,6 +83,7 @@ class Comparison:
 def compare(document: Document, config: LSAConfig | None, tell: Tell) -> Comparison:
     """Read with the shipped model, then ask everything under full attention, LSA and recency."""
     tell("loading the model", 0, 1)
+    torch.set_num_threads(1)  # so small a model gains little from more, and waits long where others want the cores
     engine = flashmem.Engine.demo(config=config)
     settings = {name: Setting(name=name, replies=[]) for name in (FULL, LSA, RECENCY)}
     with _closing(engine):
@@ -169,8 +172,6 @@ def _saved_and_opened(engine: flashmem.Engine, memory: SavedMemory, asked: Asked
 
 def _ours_and_theirs(model: Any, config: LSAConfig, document: Document) -> tuple[list[int], list[int]]:
     """The document's beginning continued by flashmem with every page on the device, and by unmodified transformers."""
-    import torch  # takes seconds: long loaded by now, and nobody should pay for it before the arguments are checked
-
     ids = document.ids[:_CHECKED_CONTEXT]
     engine = flashmem.Engine(model, config=replace(config, policy="all"))
     with _closing(engine), engine.session() as session:

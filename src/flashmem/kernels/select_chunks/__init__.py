@@ -1,16 +1,25 @@
 """Lightning scores and their exact top-k: level 2 of Lookahead Sparse Attention.
 
 score = sum over heads of w_h * relu(q_h . k). Ties break by score, then lower chunk id.
+The fused versions (Triton) are chosen with impl="fused" only: no default changes before they are measured on a device.
 Shape letters: B = sessions, S = queries, H = index heads, I = index_head_dim, N = candidate chunks, K = picks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
+from ..paged import PagedRows
+from ..score_chunks import decode_paged_keys, default_precision
 from .reference import lightning_scores_reference, merge_best, pick_ids, rank_keys
+
+if TYPE_CHECKING:
+    from ..score_chunks.fused import Precision
+
+Impl = Literal["reference", "fused"]
 
 SCORE_ELEMENTS = 1 << 19
 """Float32 elements of per-head scores that one tile may hold: 2 MiB, a CPU core's second-level cache."""
@@ -23,17 +32,63 @@ def lightning_scores(q_BHI: torch.Tensor, w_BH: torch.Tensor, keys_BNI: torch.Te
     return lightning_scores_reference(q_BHI, w_BH, keys_BNI)
 
 
-def topk_chunks(scores_BN: torch.Tensor, ids_BN: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+def topk_chunks(
+    scores_BN: torch.Tensor, ids_BN: torch.Tensor, k: int, *, impl: Impl | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Exact top-k over candidates whose id is not -1.
 
     Returns (index into N of each pick int64 [B, min(k, N)], valid bool of the same shape); invalid picks have index 0.
-    Equal scores are ordered by lower id. Ids must lie below 2^31.
+    Equal scores are ordered by lower id. Ids must lie below 2^31; for the fused version they must ascend along N, as
+    those of a page table do, and k is at most 1024.
     """
+    if (impl or "reference") == "fused":
+        from .fused import topk_scores  # needs triton
+
+        picks = topk_scores(scores_BN, ids_BN, k, ordered=True)
+        return picks.clamp_min(0), picks >= 0
+    _check_impl(impl)
     k = min(k, scores_BN.shape[1])
     keys = rank_keys(scores_BN, ids_BN, ids_BN >= 0)
     best = keys.topk(k, dim=1)
     valid = pick_ids(best.values) >= 0
     return torch.where(valid, best.indices, 0), valid
+
+
+def select_resident(
+    q_BHI: torch.Tensor,
+    w_BH: torch.Tensor,
+    keys: PagedRows,
+    k: int,
+    *,
+    ordered: bool = True,
+    precision: Precision | None = None,
+    impl: Impl | None = None,
+) -> torch.Tensor:
+    """Level 2 over rows that are read in place: int64 [B, min(k, N)] indices of the best, -1 where there are fewer.
+
+    An index counts a session's rows in the order of its page table; equal scores are ordered by lower index, which is
+    the lower chunk id as long as page tables ascend. Best first, or with ordered=False ascending. `keys` has one layer.
+    The fused version multiplies in `precision` (see `score_chunks.score_history`); k is at most 1024.
+    """
+    if keys.num_layers != 1 or len(q_BHI) != keys.batch or q_BHI.shape[:2] != w_BH.shape:
+        raise ValueError(
+            f"shapes do not fit: q {tuple(q_BHI.shape)}, w {tuple(w_BH.shape)}, keys of {keys.num_layers} layers and "
+            f"{keys.batch} sessions"
+        )
+    if (impl or "reference") == "fused":
+        from .fused import select_resident_fused  # needs triton
+
+        precision = precision or default_precision(keys, q_BHI.shape[-1])
+        return select_resident_fused(q_BHI, w_BH, keys, k, precision=precision, ordered=ordered)
+    _check_impl(impl)
+    scores_BN = lightning_scores_reference(q_BHI, w_BH, decode_paged_keys(keys, 0, q_BHI.shape[-1]))
+    index_BN = torch.where(keys.valid(), torch.arange(keys.max_rows, device=keys.device), -1)
+    picks_BK, valid_BK = topk_chunks(scores_BN, index_BN, k)
+    if ordered:
+        return torch.where(valid_BK, picks_BK, -1)
+    last = torch.iinfo(torch.int64).max
+    ascending_BK = torch.where(valid_BK, picks_BK, last).sort(dim=1).values
+    return ascending_BK.masked_fill(ascending_BK == last, -1)
 
 
 def topk_history(
@@ -61,4 +116,9 @@ def topk_history(
     return pick_ids(best)
 
 
-__all__ = ["SCORE_ELEMENTS", "lightning_scores", "topk_chunks", "topk_history"]
+def _check_impl(impl: str | None) -> None:
+    if impl not in (None, "reference"):
+        raise ValueError(f"unknown impl {impl!r}; choose 'reference' or 'fused'")
+
+
+__all__ = ["SCORE_ELEMENTS", "lightning_scores", "select_resident", "topk_chunks", "topk_history"]

@@ -1,19 +1,27 @@
 """Attention over a sliding window and compressed entries with per-head sinks, K and V being one tensor.
 
+`attend` takes entries as tensors; `attend_rows` reads the records of a batch in place. The fused version (Triton) is
+chosen with impl="fused" only: no default changes before it is measured on a device.
 Shape letters: B = queries (sessions of a decode batch, or queries of one session), S = queries of a prefill, H = heads,
-D = head_dim, N = entries.
+D = head_dim, N = entries, K = picks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
+from ..kv_codec import KVFormatSpec, decode_rows
+from ..paged import PagedRows
 from .reference import attend_reference, attention_weights_reference, band_mask
 
 KeySet = tuple[torch.Tensor, torch.Tensor]
 """Entries [B, N, D] (one set per query) or [N, D] (shared by all queries), and their validity, bool [B, N]."""
+
+Impl = Literal["reference", "fused"]
 
 LOGIT_ELEMENTS = 1 << 21
 """Logits and gathered channels that one query tile of a prefill may hold."""
@@ -29,6 +37,66 @@ def attend(q_BHD: torch.Tensor, sets: Sequence[KeySet], sinks_H: torch.Tensor, s
         if valid.shape != (q_BHD.shape[0], kv.shape[-2]) or kv.shape[-1] != q_BHD.shape[-1]:
             raise ValueError(f"q {tuple(q_BHD.shape)}, kv {tuple(kv.shape)}, valid {tuple(valid.shape)} do not fit")
     return attend_reference(q_BHD, sets, sinks_H, scale)
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class EntrySource:
+    """Entries of one kind where they lie: a window, the pages of a CSA layer, or HCA entries."""
+
+    rows: PagedRows
+    """One layer."""
+    spec: KVFormatSpec
+    picks_BK: torch.Tensor | None = None
+    """Int64: the rows to read, in any order, -1 for none; without picks all rows of each session."""
+
+    def __post_init__(self) -> None:
+        form, spec = self.rows.form, self.spec
+        if (form.data_bytes, form.tail_bytes) != (spec.data_bytes, spec.scale_bytes) or self.rows.num_layers != 1:
+            raise ValueError(
+                f"rows of {form.data_bytes} + {form.tail_bytes} bytes in {self.rows.num_layers} layers do not hold "
+                f"one layer of {spec.format} entries of {spec.data_bytes} + {spec.scale_bytes}"
+            )
+        picks = self.picks_BK
+        if picks is not None and (picks.dim() != 2 or len(picks) != self.rows.batch or picks.dtype is not torch.int64):
+            raise ValueError(f"picks must be int64 [{self.rows.batch}, K], got {picks.dtype} {tuple(picks.shape)}")
+
+    def key_set(self, dtype: torch.dtype) -> KeySet:
+        """The entries as tensors: gathered and decoded."""
+        rows_BNE, valid = self.rows.read(), self.rows.valid()
+        if self.picks_BK is not None:
+            valid = self.picks_BK >= 0
+            index = self.picks_BK.clamp_min(0)[..., None].expand(-1, -1, rows_BNE.shape[-1])
+            rows_BNE = rows_BNE.gather(1, index) if rows_BNE.shape[1] else rows_BNE.new_zeros(index.shape)
+        return decode_rows(self.spec, rows_BNE, dtype), valid
+
+
+def attend_rows(
+    q_BHD: torch.Tensor,
+    sources: Sequence[EntrySource],
+    sinks_H: torch.Tensor,
+    scale: float,
+    *,
+    impl: Impl | None = None,
+) -> torch.Tensor:
+    """`attend` over rows that are read in place, each session its own; returns [B, H, D] in q's dtype.
+
+    The fused version takes one or two sources and multiplies in q's dtype with float32 sums.
+    """
+    for source in sources:
+        if (source.rows.batch, source.spec.head_dim) != (q_BHD.shape[0], q_BHD.shape[2]):
+            raise ValueError(
+                f"q {tuple(q_BHD.shape)} does not fit {source.rows.batch} sessions of {source.spec.head_dim} channels"
+            )
+    if sinks_H.shape != q_BHD.shape[1:2]:
+        raise ValueError(f"sinks must be [{q_BHD.shape[1]}], got {tuple(sinks_H.shape)}")
+    impl = impl or "reference"
+    if impl == "reference":
+        return attend_reference(q_BHD, [source.key_set(q_BHD.dtype) for source in sources], sinks_H, scale)
+    if impl == "fused":
+        from .fused import attend_rows_fused  # needs triton
+
+        return attend_rows_fused(q_BHD, sources, sinks_H, scale)
+    raise ValueError(f"unknown impl {impl!r}; choose 'reference' or 'fused'")
 
 
 def attention_weights(q_BHD: torch.Tensor, sets: Sequence[KeySet], sinks_H: torch.Tensor, scale: float) -> torch.Tensor:
@@ -67,4 +135,12 @@ def attend_prefill(
     return out
 
 
-__all__ = ["LOGIT_ELEMENTS", "KeySet", "attend", "attend_prefill", "attention_weights"]
+__all__ = [
+    "LOGIT_ELEMENTS",
+    "EntrySource",
+    "KeySet",
+    "attend",
+    "attend_prefill",
+    "attend_rows",
+    "attention_weights",
+]

@@ -1,0 +1,179 @@
+"""Shapes and tiles of the fused kernels, for the programs that compile, check and time them.
+
+Shape letters: L = layers, B = sessions, M = observed tokens, H = heads, I = index_head_dim, N = chunks, P = pages,
+D = head_dim, W = window, K = picks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from flashmem.kernels.index_rows import SCALE_BYTES, encode_index_rows
+from flashmem.kernels.kv_codec import KVFormatSpec, PlanarForm, encode_rows, put_planar
+from flashmem.kernels.paged import PagedRows, index_row_form
+from flashmem.kernels.score_chunks.fused import Tiles as ScoreTiles
+from flashmem.kernels.sparse_attention import EntrySource
+from flashmem.kernels.sparse_attention.fused import Tiles as AttendTiles
+
+PAGE_CHUNKS = 64
+RECORD_BYTES = 938_304
+"""All regions of one page of V4-Flash."""
+INDEX_HEADS, MEMORY_HEADS, INDEX_DIM = 64, 128, 128
+HEADS, HEAD_DIM, ROPE_DIM, WINDOW, TOP_K = 64, 512, 64, 128, 512
+TARGET_LAYERS = 3
+TEMPERATURE = 0.25
+
+SCORE_TILES = {
+    "fp8": [
+        ScoreTiles(128, 8, 4, 3), ScoreTiles(128, 8, 4, 4), ScoreTiles(128, 8, 8, 3), ScoreTiles(128, 16, 4, 3),
+        ScoreTiles(64, 8, 4, 3), ScoreTiles(64, 16, 4, 4), ScoreTiles(64, 16, 4, 6), ScoreTiles(256, 4, 8, 3),
+    ],
+    "fp8x2": [ScoreTiles(128, 8, 4, 3), ScoreTiles(64, 8, 4, 4), ScoreTiles(64, 16, 4, 4)],
+    "fp16": [ScoreTiles(64, 8, 4, 3), ScoreTiles(64, 16, 4, 4), ScoreTiles(128, 8, 8, 3), ScoreTiles(64, 8, 8, 4)],
+}  # fmt: skip
+"""Tiles worth timing, by precision."""
+
+ATTEND_TILES = [
+    (64, 32, 8, 1), (64, 64, 8, 1), (64, 32, 8, 2), (64, 64, 8, 2), (64, 32, 8, 3), (32, 32, 8, 1), (16, 32, 4, 2),
+]  # fmt: skip
+"""Heads, keys, warps, stages."""
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreCase:
+    """Index rows of L layers and B sessions of up to N chunks."""
+
+    chunks: int
+    batch: int
+    layers: int = TARGET_LAYERS
+    heads: int = MEMORY_HEADS
+    planar: bool = True
+
+    @property
+    def key_bytes(self) -> int:
+        return self.layers * self.batch * self.chunks * (INDEX_DIM + SCALE_BYTES)
+
+    @property
+    def flops(self) -> int:
+        return self.layers * self.batch * self.chunks * self.heads * INDEX_DIM * 2
+
+    def keys(self, device: torch.device, *, seed: int = 0) -> PagedRows:
+        """Random rows, each session its own, all of the same length."""
+        form = PlanarForm(PAGE_CHUNKS, INDEX_DIM, SCALE_BYTES) if self.planar else index_row_form(INDEX_DIM)
+        size = (self.chunks // form.page_chunks, form.page_bytes)
+        draw = generator(device, seed)
+        regions = []
+        for _ in range(self.layers):
+            layer = []
+            for _ in range(self.batch):
+                region = torch.empty(size, dtype=torch.uint8, device=device)
+                if device.type != "meta":
+                    fill_index_rows(form, region, draw)
+                layer.append(region)
+            regions.append(layer)
+        return PagedRows(form, regions, [self.chunks] * self.batch)
+
+    def queries(self, device: torch.device, *, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+        draw = generator(device, seed + 1)
+        shape = (self.layers, self.batch, 1, self.heads)
+        q = randn(*shape, INDEX_DIM, device=device, draw=draw)
+        return q, randn(*shape, device=device, draw=draw) * (INDEX_DIM * self.heads) ** -0.5
+
+
+@dataclass(frozen=True, slots=True)
+class PoolCase:
+    """Resident pages of B sessions in one pool of records: index keys and KV entries of one layer."""
+
+    chunks: int
+    batch: int
+    kv_format: str = "fp8"
+
+    @property
+    def pages(self) -> int:
+        return -(-self.chunks // PAGE_CHUNKS)
+
+    def table(self, device: torch.device, *, seed: int = 0) -> torch.Tensor:
+        """Slots [B, P], every session's pages scattered over the pool."""
+        slots = torch.randperm(self.batch * self.pages, generator=torch.Generator().manual_seed(seed))
+        return slots.view(self.batch, self.pages).to(device)
+
+    def keys(self, device: torch.device, *, seed: int = 0) -> PagedRows:
+        form = PlanarForm(PAGE_CHUNKS, INDEX_DIM, SCALE_BYTES)
+        region = self._region(form.page_bytes, device)
+        if device.type != "meta":
+            fill_index_rows(form, region, generator(device, seed))
+        return PagedRows(form, [[region]], [self.chunks] * self.batch, self.table(device, seed=seed))
+
+    def entries(self, device: torch.device, *, seed: int = 0) -> tuple[PagedRows, KVFormatSpec]:
+        spec = KVFormatSpec(self.kv_format, HEAD_DIM, ROPE_DIM)  # type: ignore[arg-type]
+        form = spec.planar(PAGE_CHUNKS)
+        region = self._region(form.page_bytes, device)
+        if device.type != "meta":
+            fill_entries(spec, form, region, generator(device, seed))
+        return PagedRows(form, [[region]], [self.chunks] * self.batch, self.table(device, seed=seed)), spec
+
+    def attention(
+        self, device: torch.device, *, picks: int = TOP_K, seed: int = 0
+    ) -> tuple[torch.Tensor, list[EntrySource], torch.Tensor]:
+        """Queries in bf16, a window and picked entries, and sinks."""
+        draw = generator(device, seed + 2)
+        q = randn(self.batch, HEADS, HEAD_DIM, device=device, draw=draw).bfloat16()
+        rows, spec = self.entries(device, seed=seed)
+        window_spec = KVFormatSpec("bf16", HEAD_DIM, ROPE_DIM)
+        rings = randn(self.batch, WINDOW, HEAD_DIM, device=device, draw=draw).bfloat16()
+        window = PagedRows(
+            window_spec.planar(WINDOW), [[ring.view(1, -1).view(torch.uint8) for ring in rings]], [WINDOW] * self.batch
+        )
+        order = torch.stack(
+            [
+                torch.randperm(self.chunks, generator=torch.Generator().manual_seed(seed + b))[:picks]
+                for b in range(self.batch)
+            ]
+        )
+        sources = [EntrySource(window, window_spec), EntrySource(rows, spec, order.to(device))]
+        return q, sources, randn(HEADS, device=device, draw=draw)
+
+    def _region(self, page_bytes: int, device: torch.device) -> torch.Tensor:
+        """One region of whole records, so that page addresses are as far apart as in a pool."""
+        records = torch.empty(self.batch * self.pages, RECORD_BYTES, dtype=torch.uint8, device=device)
+        return records[:, :page_bytes]
+
+
+def attention_bytes(batch: int, picks: int, kv_format: str) -> int:
+    """Bytes that decode attention must read and write: window, picked entries, queries, result."""
+    entry = KVFormatSpec(kv_format, HEAD_DIM, ROPE_DIM).entry_bytes  # type: ignore[arg-type]
+    return batch * (WINDOW * 2 * HEAD_DIM + picks * entry + 2 * HEADS * HEAD_DIM * 2)
+
+
+def attention_flops(batch: int, picks: int) -> int:
+    return 4 * batch * HEADS * HEAD_DIM * (WINDOW + picks)
+
+
+def attend_tiles(shares: int) -> list[AttendTiles]:
+    return [AttendTiles(heads, keys, shares, warps, stages) for heads, keys, warps, stages in ATTEND_TILES]
+
+
+def fill_index_rows(form: PlanarForm, region: torch.Tensor, draw: torch.Generator | None) -> None:
+    chunks = len(region) * form.page_chunks
+    for first in range(0, chunks, 1 << 18):
+        n = torch.arange(first, min(first + (1 << 18), chunks), device=region.device)
+        rows = encode_index_rows(randn(len(n), form.data_bytes, device=region.device, draw=draw))
+        put_planar(form, region, n // form.page_chunks, n % form.page_chunks, rows)
+
+
+def fill_entries(spec: KVFormatSpec, form: PlanarForm, region: torch.Tensor, draw: torch.Generator | None) -> None:
+    chunks = len(region) * form.page_chunks
+    for first in range(0, chunks, 1 << 16):
+        n = torch.arange(first, min(first + (1 << 16), chunks), device=region.device)
+        rows = encode_rows(spec, randn(len(n), spec.head_dim, device=region.device, draw=draw))
+        put_planar(form, region, n // form.page_chunks, n % form.page_chunks, rows)
+
+
+def generator(device: torch.device, seed: int) -> torch.Generator | None:
+    return None if device.type == "meta" else torch.Generator(device).manual_seed(seed)
+
+
+def randn(*shape: int, device: torch.device, draw: torch.Generator | None) -> torch.Tensor:
+    return torch.randn(*shape, generator=draw, device=device)

@@ -1,0 +1,134 @@
+"""Exact top-k without a sort of all candidates, and level 2 over rows that are read in place.
+
+Each program finds the k best of a block in registers: the k-th largest rank bit by bit, then the first of its equals.
+Rows longer than a block are cut into blocks whose winners meet again, until one block is left. Candidates keep their
+order all the way, so that the lower index wins a tie. Where the caller wants the best first, a second kernel counts for
+each winner how many come before it.
+
+Shape letters: B = rows (sessions), N = candidates, K = picks, S = blocks of a row.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from ..paged import PagedRows
+from ..score_chunks.fused import Precision, Tiles, prepare_queries, score_ranks
+from ..triton_parts import largest, rank_bits
+
+MOST_PICKS = 1024
+BLOCK = 4096
+"""Candidates of one program: four times the most picks, so that every round shrinks its input."""
+BLOCK_ORDER = 32
+"""Winners that one program puts in order."""
+
+
+def select_resident_fused(
+    q_BHI: torch.Tensor,
+    w_BH: torch.Tensor,
+    keys: PagedRows,
+    k: int,
+    *,
+    precision: Precision,
+    ordered: bool,
+    tiles: Tiles | None = None,
+) -> torch.Tensor:
+    """Indices int64 [B, min(k, N)] of the best rows, -1 where there are fewer."""
+    prepared = prepare_queries(q_BHI[None, :, None], w_BH[None, :, None], precision)
+    return topk_ranks(score_ranks(*prepared, keys, tiles=tiles), k, ordered=ordered)
+
+
+def topk_scores(scores_BN: torch.Tensor, ids_BN: torch.Tensor, k: int, *, ordered: bool) -> torch.Tensor:
+    """Indices int64 [B, min(k, N)] of the best scores whose id is not -1; -1 where there are fewer."""
+    return _rounds(scores_BN.float().contiguous(), ids_BN.contiguous(), k, ordered)
+
+
+def topk_ranks(ranks_BN: torch.Tensor, k: int, *, ordered: bool) -> torch.Tensor:
+    """Indices int64 [B, min(k, N)] of the largest ranks (uint32); -1 where fewer are above 0."""
+    return _rounds(ranks_BN, None, k, ordered)
+
+
+def _rounds(values_BN: torch.Tensor, ids_BN: torch.Tensor | None, k: int, ordered: bool) -> torch.Tensor:
+    batch, count = values_BN.shape
+    k = min(k, count)
+    if k > MOST_PICKS:
+        raise ValueError(f"{k} picks; the fused kernel takes at most {MOST_PICKS}")
+    out = torch.empty(batch, k, dtype=torch.int64, device=values_BN.device)
+    if out.numel() == 0:
+        return out
+    index: torch.Tensor | None = None
+    while count > BLOCK:
+        blocks = triton.cdiv(count, BLOCK)
+        ranks = values_BN.new_empty(batch, blocks * k, dtype=torch.uint32)
+        winners = torch.empty_like(ranks, dtype=torch.int32)
+        _launch(values_BN, ids_BN, index, ranks, winners, k, blocks, BLOCK, last=False, ordered=False)
+        values_BN, ids_BN, index, count = ranks, None, winners, blocks * k
+    ranks = values_BN.new_empty((batch, k) if ordered else (1, 1), dtype=torch.uint32)
+    picks = torch.empty_like(out) if ordered else out
+    block = max(64, triton.next_power_of_2(count))
+    _launch(values_BN, ids_BN, index, ranks, picks, k, 1, block, last=True, ordered=ordered)
+    if ordered:
+        _order_kernel[(triton.cdiv(k, BLOCK_ORDER), batch)](
+            ranks, picks, out, k, BLOCK_ORDER=BLOCK_ORDER, BLOCK_PICKS=max(16, triton.next_power_of_2(k))
+        )
+    return out
+
+
+def _launch(
+    values: torch.Tensor, ids: torch.Tensor | None, index: torch.Tensor | None, ranks: torch.Tensor,
+    picks: torch.Tensor, k: int, blocks: int, block: int, *, last: bool, ordered: bool,
+) -> None:  # fmt: skip
+    _topk_kernel[(blocks, len(values))](
+        values, values if ids is None else ids, picks if index is None else index, ranks, picks, values.shape[1], k,
+        SCORES=ids is not None, INDEXED=index is not None, RANKS=ordered or not last, MISSING=-1 if last else 0,
+        BLOCK_COUNT=block, BLOCK_PICKS=triton.next_power_of_2(k), num_warps=max(1, min(16, block // 256)),
+    )  # fmt: skip
+
+
+@triton.jit
+def _topk_kernel(
+    values_ptr, ids_ptr, index_ptr, ranks_ptr, picks_ptr, count, k,
+    SCORES: tl.constexpr, INDEXED: tl.constexpr, RANKS: tl.constexpr, MISSING: tl.constexpr,
+    BLOCK_COUNT: tl.constexpr, BLOCK_PICKS: tl.constexpr,
+):  # fmt: skip
+    block = tl.program_id(0)
+    row = tl.program_id(1).to(tl.int64)
+    at = block * BLOCK_COUNT + tl.arange(0, BLOCK_COUNT)
+    inside = at < count
+    if SCORES:
+        inside = inside & (tl.load(ids_ptr + row * count + at, mask=inside, other=-1) >= 0)
+        ranks = tl.where(inside, rank_bits(tl.load(values_ptr + row * count + at, mask=inside, other=0.0)), 0)
+    else:
+        ranks = tl.load(values_ptr + row * count + at, mask=inside, other=0)
+    index = at
+    if INDEXED:
+        index = tl.load(index_ptr + row * count + at, mask=inside, other=0)
+    picked = largest(ranks, k, 32)
+    place = tl.cumsum(picked.to(tl.int32), axis=0) - picked.to(tl.int32)
+    found = tl.sum(picked.to(tl.int32), axis=0)
+    pick = tl.arange(0, BLOCK_PICKS)
+    missing = (pick >= found) & (pick < k)
+    here = (row * tl.num_programs(0) + block) * k
+    dtype = picks_ptr.dtype.element_ty
+    tl.store(picks_ptr + here + place, index.to(dtype), mask=picked)
+    tl.store(picks_ptr + here + pick, tl.full([BLOCK_PICKS], MISSING, dtype), mask=missing)
+    if RANKS:
+        tl.store(ranks_ptr + here + place, ranks, mask=picked)
+        tl.store(ranks_ptr + here + pick, tl.full([BLOCK_PICKS], 0, tl.uint32), mask=missing)
+
+
+@triton.jit
+def _order_kernel(ranks_ptr, picks_ptr, out_ptr, k, BLOCK_ORDER: tl.constexpr, BLOCK_PICKS: tl.constexpr):
+    row = tl.program_id(1).to(tl.int64)
+    mine = tl.program_id(0) * BLOCK_ORDER + tl.arange(0, BLOCK_ORDER)
+    others = tl.arange(0, BLOCK_PICKS)
+    rank = tl.load(ranks_ptr + row * k + mine, mask=mine < k, other=0)[:, None]
+    ranks = tl.load(ranks_ptr + row * k + others, mask=others < k, other=0)[None, :]
+    earlier = (ranks > rank) | ((ranks == rank) & (others[None, :] < mine[:, None]))
+    place = tl.sum(earlier.to(tl.int32), axis=1)
+    tl.store(out_ptr + row * k + place, tl.load(picks_ptr + row * k + mine, mask=mine < k, other=0), mask=mine < k)
+
+
+__all__ = ["MOST_PICKS", "select_resident_fused", "topk_ranks", "topk_scores"]
