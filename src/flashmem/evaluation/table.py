@@ -6,7 +6,7 @@ The first two are in the paper's layout, `accuracy (GiB)`, one per accounting.
 from __future__ import annotations
 
 import html
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -108,7 +108,7 @@ def _layout(metrics: Metrics, accounting: str, meaning: str) -> Table:
         for row in metrics["rows"]
     ]
     greyed = frozenset(index for index, row in enumerate(metrics["rows"]) if row["greyed"])
-    averages = {(a["length"], a["policy"]): a for a in metrics["averages"]}
+    averages = {(a["length"], a["policy"]): a for a in _distinct(metrics, metrics["averages"])}
     for length in dict.fromkeys(length for length, _ in averages):
         name = "average" if length is None else f"average {tokens(length)}"
         rows.append([name, *(_score_gib(averages.get((length, p)), accounting) for p in metrics["policies"])])
@@ -123,7 +123,7 @@ def _ratios(metrics: Metrics) -> Table:
             _length(average["length"]), average["policy"],
             *(percent(average[f"{name}_{kind}"]) for name in _ACCOUNTINGS for kind in kinds),
         ]
-        for average in metrics["averages"]
+        for average in _distinct(metrics, metrics["averages"])
     ]  # fmt: skip
     head = [f"{_name(name)}: {kind.replace('_', ' ')}" for name in _ACCOUNTINGS for kind in kinds]
     text = (
@@ -172,13 +172,13 @@ def _intervals(metrics: Metrics) -> Table:
 
 def _comparisons(metrics: Metrics) -> Table:
     rows = []
-    for c in metrics["comparisons"]:
+    for c in _distinct(metrics, metrics["comparisons"]):
         pooled = c["task"] is None
         gap = c["interval"]
         rows.append(
             [
                 f"{c['policy']} − {c['against']}",
-                f"{'all' if pooled else c['task']} {_length(c['length'])}",
+                f"{'all tasks,' if pooled else c['task']} {_length(c['length'])}",
                 f"{c['pairs']} / {c['clusters']}",
                 f"{100 * c['difference']:+.1f}",
                 "-" if gap is None else f"{100 * gap[0]:+.1f} to {100 * gap[1]:+.1f}",
@@ -233,6 +233,12 @@ def tokens(count: int) -> str:
         if count >= size and count % size == 0:
             return f"{count // size}{unit}"
     return f"{count:,}"
+
+
+def _distinct(metrics: Metrics, entries: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Without what is said of all lengths where there is one."""
+    one = len({row["length"] for row in metrics["rows"] if not row["greyed"]}) == 1
+    return [entry for entry in entries if entry["length"] is not None or not one]
 
 
 def _row_name(row: Mapping[str, Any]) -> str:
