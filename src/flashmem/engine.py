@@ -170,7 +170,7 @@ class Engine:
         session, own = self.session(), policy is not None or rescue is not None
         try:
             if own:
-                session._choose(policy, rescue)
+                session.select_by(policy, rescue=rescue)
             session._load(snapshot, select=own)
         except BaseException:
             session.close()
@@ -441,6 +441,16 @@ class Session:
         state = {name: tensor.clone() for name, tensor in state.items()}  # index rows are views where all is on a CPU
         return SavedMemory(session, state, self.pages.snapshot())
 
+    def select_by(self, policy: Policy | None = None, *, rescue: bool | None = None) -> None:
+        """Use another policy, or another choice about rescue, from the next level 1 on; the engine's stays as it is."""
+        engine, cycle = self.engine, self.cycle
+        cycle.policy = policy or cycle.policy
+        if rescue is not None:
+            cycle.config = replace(cycle.config, rescue=rescue)
+        if (cycle.policy.scorer == "native" or cycle.config.rescue) and "native" not in engine.scorers:
+            native = MemoryIndexer.native(engine.backbone.model, layers=engine.indexer.target_layers)
+            engine.scorers["native"] = engine._placed(native)
+
     def close(self) -> None:
         """Free this session's bytes in every tier."""
         if not self.closed:
@@ -541,16 +551,6 @@ class Session:
             "settings": self._settings(),
             "cycle": self.cycle.export(),
         }, state
-
-    def _choose(self, policy: Policy | None, rescue: bool | None) -> None:
-        """Select by another policy from now on."""
-        engine, cycle = self.engine, self.cycle
-        cycle.policy = policy or cycle.policy
-        if rescue is not None:
-            cycle.config = replace(cycle.config, rescue=rescue)
-        if (cycle.policy.scorer == "native" or cycle.config.rescue) and "native" not in engine.scorers:
-            native = MemoryIndexer.native(engine.backbone.model, layers=engine.indexer.target_layers)
-            engine.scorers["native"] = engine._placed(native)
 
     @torch.no_grad()
     def _load(self, memory: SavedMemory, *, select: bool = False) -> None:

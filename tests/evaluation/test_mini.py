@@ -17,7 +17,7 @@ def lexicon() -> Lexicon:
 
 @pytest.fixture(scope="module")
 def items(lexicon: Lexicon) -> ItemSet:
-    return mini.generate(lexicon, mini.filler(None, lexicon)[0], [2048, 4096], n=5, per_document=2)
+    return mini.generate(lexicon, mini.filler(None, lexicon, prose_tokens=20_000)[0], [2048, 4096], n=5, per_document=2)
 
 
 def test_every_cell_has_its_items(items: ItemSet) -> None:
@@ -45,7 +45,7 @@ def test_the_number_of_references(items: ItemSet) -> None:
 
 
 def test_a_seed_names_its_items(lexicon: Lexicon, items: ItemSet) -> None:
-    corpus = mini.filler(None, lexicon)[0]
+    corpus = mini.filler(None, lexicon, prose_tokens=20_000)[0]
     again = mini.generate(lexicon, corpus, [2048, 4096], n=5, per_document=2)
     other = mini.generate(lexicon, corpus, [2048, 4096], n=5, per_document=2, seed=1)
     assert again == items
@@ -53,7 +53,7 @@ def test_a_seed_names_its_items(lexicon: Lexicon, items: ItemSet) -> None:
 
 
 def test_what_cannot_be_made_is_refused(lexicon: Lexicon) -> None:
-    corpus = mini.filler(None, lexicon)[0]
+    corpus = mini.filler(None, lexicon, prose_tokens=20_000)[0]
     with pytest.raises(ValueError, match="unknown tasks chess"):
         mini.generate(lexicon, corpus, [2048], names=["chess"])
     with pytest.raises(ValueError, match="the row has"):

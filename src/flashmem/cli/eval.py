@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from ..accounting.models import DEMO, shipped_model
 from .errors import ReportingGroup
 from .options import EngineOptions, Json, with_options
 from .output import answer, answer_json, log, stderr
@@ -18,6 +20,10 @@ from .sizes import parse_tokens
 if TYPE_CHECKING:
     from ..evaluation.runner import Progress as Tell
 
+_SUITES = (
+    "mini-table1", "multi-turn", "perplexity", "ruler", "ruler-files", "longbench-v2", "longmemeval", "longmemeval-m",
+    "mrcr",
+)  # fmt: skip
 _STANDARD = (
     "full,lsa,lsa+rescue,recency@match,random@match,carry-over@match,native@match,oracle@match,recency-tail,random-10%"
 )
@@ -29,41 +35,47 @@ def add_command(parent: typer.Typer) -> None:
     app.command("gen")(generate)
     app.command("run")(with_options(run))
     app.command("report")(report)
+    app.command("compare")(compare)
+    app.command("judge")(judge)
     parent.add_typer(app, name="eval")
 
 
 def generate(
-    suite: Annotated[str, typer.Argument(help="mini-table1.")],
+    suite: Annotated[str, typer.Argument(help=f"One of {', '.join(_SUITES)}.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Directory of the items; must be new or empty.")],
     lengths: Annotated[str, typer.Option(help="Tokens of the documents, e.g. 16K,64K.")] = "16K",
-    n: Annotated[int, typer.Option(help="Items per task and length.")] = 100,
+    n: Annotated[int, typer.Option(help="Items, conversations or passages per task and length.")] = 100,
     seed: Annotated[int, typer.Option(help="Another seed, other documents and questions.")] = 0,
     tasks: Annotated[str | None, typer.Option(help="Tasks of the suite, with commas.", show_default="all")] = None,
     per_document: Annotated[
-        int | None, typer.Option(help="Questions per task and document.", show_default="the task's")
+        int | None, typer.Option(help="Questions per task and document.", show_default="the suite's")
     ] = None,
     corpus: Annotated[
         Path | None,
-        typer.Option(help="Folder made by flashmem.training.backbone.corpus.", show_default="RULER's noise sentences"),
+        typer.Option(help="Folder made by flashmem.training.backbone.corpus.", show_default="text of our own"),
     ] = None,
+    text: Annotated[
+        Path | None, typer.Option(help="A text file: RULER's haystack, or what perplexity continues.")
+    ] = None,
+    model: Annotated[str, typer.Option(help="Whose tokenizer ruler and perplexity --text use.")] = DEMO,
+    data: Annotated[Path | None, typer.Option(help="Folder of a published benchmark's files.")] = None,
     json: Json = False,
 ) -> None:
     """Freeze documents and questions with their checksums.
 
+    mini-table1, multi-turn and perplexity are for the model that flashmem ships; ruler (and perplexity with --text)
+    for any tokenizer; the others are read from the published files, which --data names the folder of.
+
     Example: `flashmem eval gen mini-table1 -o items --lengths 16K,64K --n 100`
     """
-    from ..accounting.models import shipped_model
     from ..evaluation import write_items
-    from ..evaluation.suites import mini
-    from ..training.backbone.tasks import Lexicon
+    from ..evaluation.suites.choose import make
 
-    if suite != mini.SUITE:
-        raise ValueError(f"unknown suite {suite!r}; known are {mini.SUITE}")
-    lexicon = Lexicon.load(shipped_model())
-    text, told = mini.filler(corpus, lexicon)
-    names = tuple(mini.TASKS) if tasks is None else tuple(tasks.split(","))
-    wanted = [parse_tokens(length) for length in lengths.split(",")]
-    items = mini.generate(lexicon, text, wanted, n=n, seed=seed, names=names, per_document=per_document, made=told)
+    items = make(
+        suite, lengths=[parse_tokens(length) for length in lengths.split(",")], n=n, seed=seed,
+        tasks=None if tasks is None else tasks.split(","), per_document=per_document, corpus=corpus, text=text,
+        model=str(shipped_model()) if model == DEMO else model, data=data,
+    )  # fmt: skip
     written = write_items(output, items)
     values = {"documents": len(written.documents), "items": len(written.items), "sha256": written.sha256}
     if json:
@@ -85,6 +97,7 @@ def run(
     memories: Annotated[
         Path | None, typer.Option(help="Keep documents that were read here.", show_default="not kept")
     ] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Use the tokenizer's chat template (text suites).")] = False,
     shard: Annotated[
         str, typer.Option(help="i/n: every n-th document from the i-th on; auto asks accelerate.")
     ] = "0/1",
@@ -97,8 +110,11 @@ def run(
     from ..evaluation import RunConfig, parse_policies, read_items, run_items
 
     config = RunConfig(
-        batch=batch, limit=limit, memories=None if memories is None else str(memories), shard=parse_shard(shard)
+        batch=batch, limit=limit, memories=None if memories is None else str(memories), shard=parse_shard(shard),
+        chat=chat,
     )  # fmt: skip
+    if shard == "auto" and engine.device is None and engine.device_map is None:
+        engine = replace(engine, device=process_device())
     contenders = parse_policies(policies.split(","), seeds=seeds)
     asked = read_items(items)
     loaded = engine.engine()
@@ -133,8 +149,61 @@ def report(
     if json:
         answer_json(metrics)
     else:
-        answer(tables(metrics)[0].markdown())
+        answer("\n\n".join(table.markdown() for table in tables(metrics)[:1]))
         log(f"written: metrics.json, table.md, report.html and kvpress/ in {results}")
+
+
+def compare(
+    results: Annotated[list[Path], typer.Argument(help="Directories of runs on the same items, the reference first.")],
+    policy: Annotated[str, typer.Option(help="Whose answers are compared.")] = "lsa",
+    margin: Annotated[float, typer.Option(help="Points that non-inferior may lie below, as a share.")] = 0.02,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the table there, as Markdown.")] = None,
+    json: Json = False,
+) -> None:
+    """Compare runs that differ in settings, answer by answer: the table of an ablation.
+
+    Example: `flashmem eval compare results/tau64 results/tau16 results/tau128`
+    """
+    from ..evaluation.compare import compare as compare_runs
+    from ..evaluation.compare import table_of
+
+    compared = compare_runs(results, policy=policy, margin=margin)
+    table = table_of(compared).markdown()
+    if output is not None:
+        output.write_text(table + "\n", encoding="utf-8")
+    if json:
+        runs = [
+            {name: asdict(value) if name == "paired" and value is not None else value for name, value in run.items()}
+            for run in compared["runs"]
+        ]
+        answer_json({**compared, "runs": runs})
+    else:
+        answer(table)
+
+
+def judge(
+    results: Annotated[Path, typer.Argument(help="Directory of a LongMemEval run.")],
+    base_url: Annotated[str, typer.Option(help="Where chat completions are, e.g. http://localhost:8000/v1.")],
+    model: Annotated[str, typer.Option(help="The judge's name there.")],
+    api_key_file: Annotated[Path | None, typer.Option(help="File with the key.", show_default="no key")] = None,
+    json: Json = False,
+) -> None:
+    """Let a model judge the answers; `flashmem eval report` then uses its verdicts instead of the scores.
+
+    Example: `flashmem eval judge results --base-url http://localhost:8000/v1 --model my-judge`
+    """
+    from ..evaluation.judge import chat_endpoint, judge_run
+
+    key = None if api_key_file is None else api_key_file.read_text(encoding="utf-8").strip()
+    with _progress() as tell:
+        told = judge_run(
+            results, chat_endpoint(base_url, model, key), judge=model,
+            progress=lambda done, total: tell("items", done, total),
+        )  # fmt: skip
+    if json:
+        answer_json(told)
+    else:
+        answer(f"{told['right']} of {told['asked']} answers held right")
 
 
 def parse_shard(text: str) -> tuple[int, int]:
@@ -148,6 +217,13 @@ def parse_shard(text: str) -> tuple[int, int]:
     if not (slash and index.isdecimal() and count.isdecimal()):
         raise ValueError(f"shard {text!r} is neither i/n nor auto")
     return int(index), int(count)
+
+
+def process_device() -> str:
+    """The device that accelerate gives this process."""
+    from accelerate import PartialState
+
+    return str(PartialState().device)
 
 
 @contextmanager

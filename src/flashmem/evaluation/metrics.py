@@ -8,6 +8,7 @@ rows are reported and left out of every average and comparison over rows.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -15,12 +16,15 @@ from statistics import fmean
 from typing import Any
 
 from . import stats
-from .runner import BYTES, ENVIRONMENT_FILE, RUN_FILE, read_samples
+from .judge import apply_verdicts
+from .runner import ENVIRONMENT_FILE, RUN_FILE
+from .samples import BYTES, is_answer, read_samples
 
 FORMAT, FORMAT_VERSION = "flashmem-eval-metrics", 1
 RELATIVE_FLOOR = 0.85
-FLOORS = {"longbench-v2": 0.25}
-"""Full attention must exceed this for its row to count; chance, where answers are choices."""
+FLOORS = {"longbench-v2": 0.25, "longmemeval-s": 0.0, "longmemeval-m": 0.0, "mrcr": 0.0}
+"""Full attention must reach this for its row to count: chance, where answers are choices, and nothing where nobody
+knows what a perfect reader would get."""
 DEFAULT_FLOOR = 0.5
 _GIB = 2**30
 
@@ -45,10 +49,12 @@ def compute(out: str | Path, *, margin: float = stats.MARGIN, floor: float | Non
     """All numbers of a run directory."""
     out = Path(out)
     samples = load_samples(out)
+    judge = apply_verdicts(out, samples)
     run = json.loads((out / RUN_FILE).read_text(encoding="utf-8"))
     environments = json.loads((out / ENVIRONMENT_FILE).read_text(encoding="utf-8"))
     floor = FLOORS.get(run["suite"], DEFAULT_FLOOR) if floor is None else floor
-    answers = _Answers(samples, [policy["label"] for policy in run["policies"]])
+    labels = list(dict.fromkeys(policy["label"] for policy in run["policies"]))
+    answers = _Answers([sample for sample in samples if is_answer(sample)], labels)
     greyed = answers.greyed(floor)
     rows = [row for row in answers.rows if row not in greyed]
     return {
@@ -56,15 +62,17 @@ def compute(out: str | Path, *, margin: float = stats.MARGIN, floor: float | Non
         "version": FORMAT_VERSION,
         "run": run,
         "environments": environments,
+        "judge": judge,
         "samples": len(samples),
         "complete": len(samples) == run["samples"],
         "margin": margin,
         "floor": floor,
-        "policies": answers.labels,
+        "policies": [label for label in labels if any(sample["policy"] == label for sample in samples)],
         "rows": [{"task": row[0], "length": row[1], "greyed": row in greyed} for row in answers.rows],
         "cells": [answers.cell(label, row) for row in answers.rows for label in answers.labels],
         "averages": _averages(answers, rows),
         "comparisons": _comparisons(answers, rows, margin),
+        "perplexity": perplexity([sample for sample in samples if not is_answer(sample)], labels),
     }
 
 
@@ -101,17 +109,26 @@ class _Answers:
     def paired(
         self, new: str, old: str, rows: Sequence[Row], *, margin: float, alpha: float = stats.ALPHA
     ) -> stats.Paired | None:
-        """Items that both answered; of a policy with seeds the mean score, and the seed most favourable to it."""
-        ours, theirs = _by_item(self.of(new, rows)), _by_item(self.of(old, rows))
-        shared = [item for item in ours if item in theirs]
-        if not shared:
-            return None
-        return stats.compare_paired(
-            [fmean(s["score"] for s in ours[item].values()) for item in shared],
-            [fmean(s["score"] for s in theirs[item].values()) for item in shared],
-            [next(iter(ours[item].values()))["document"] for item in shared],
-            discordant=_discordant(ours, theirs, shared), margin=margin, alpha=alpha,
-        )  # fmt: skip
+        return paired(self.of(new, rows), self.of(old, rows), margin=margin, alpha=alpha)
+
+
+def paired(
+    new: Iterable[Sample], old: Iterable[Sample], *, margin: float = stats.MARGIN, alpha: float = stats.ALPHA
+) -> stats.Paired | None:
+    """Items that both answered; of a policy with seeds the mean score, and the seed that the new one fares worst with.
+
+    None where they share no item.
+    """
+    ours, theirs = _by_item(new), _by_item(old)
+    shared = [item for item in ours if item in theirs]
+    if not shared:
+        return None
+    return stats.compare_paired(
+        [fmean(s["score"] for s in ours[item].values()) for item in shared],
+        [fmean(s["score"] for s in theirs[item].values()) for item in shared],
+        [next(iter(ours[item].values()))["document"] for item in shared],
+        discordant=_discordant(ours, theirs, shared), margin=margin, alpha=alpha,
+    )  # fmt: skip
 
 
 def summarise(samples: Sequence[Sample]) -> dict[str, Any]:
@@ -147,6 +164,36 @@ def summarise(samples: Sequence[Sample]) -> dict[str, Any]:
         "widened": sum(sample["widened"] for sample in samples),
         "early": sum(sample["early"] for sample in samples),
     }
+
+
+def perplexity(samples: Sequence[Sample], labels: Sequence[str]) -> list[dict[str, Any]]:
+    """Nats per token by position (tokens before) and by quarter of the continuation, with the difference to full."""
+    made: list[dict[str, Any]] = []
+    for length in sorted({sample["length"] for sample in samples}):
+        by_label = {
+            label: _by_item(s for s in samples if (s["policy"], s["length"]) == (label, length)) for label in labels
+        }
+        for label in (label for label in labels if by_label[label]):
+            items = by_label[label]
+            tokens = max(sample["new_tokens"] for seeds in items.values() for sample in seeds.values())
+            for first in range(0, tokens, -(-tokens // 4)):
+                span = slice(first, first + -(-tokens // 4))
+                nats = {item: _loss(seeds.values(), span) for item, seeds in items.items()}
+                entry = {
+                    "policy": label, "length": length, "first": first, "last": min(tokens, span.stop), "n": len(nats),
+                    "nats": fmean(nats.values()), "perplexity": math.exp(fmean(nats.values())),
+                    **bytes_of([sample for seeds in items.values() for sample in seeds.values()]),
+                }  # fmt: skip
+                full = by_label.get("full") or {}
+                if label != "full" and (shared := [item for item in nats if item in full]):
+                    gaps = [nats[item] - _loss(full[item].values(), span) for item in shared]
+                    entry["above_full"] = fmean(gaps)
+                    documents = [next(iter(items[item].values()))["document"] for item in shared]
+                    several = len(set(documents)) > 1
+                    samples_of_mean = stats.bootstrap_means(gaps, documents)
+                    entry["above_full_interval"] = stats.percentile_interval(samples_of_mean) if several else None
+                made.append(entry)
+    return made
 
 
 def bytes_of(samples: Sequence[Sample]) -> dict[str, Any]:
@@ -250,9 +297,25 @@ def _discordant(
     return min(splits, key=lambda split: split[0] - split[1])
 
 
+def _loss(samples: Iterable[Sample], span: slice) -> float:
+    """Mean nats of a span of the continuation, over seeds."""
+    return fmean(fmean(sample["losses"][span]) for sample in samples)
+
+
 def _mean_known(samples: Iterable[Sample], name: str) -> float | None:
     known = [sample[name] for sample in samples if sample[name] is not None]
     return fmean(known) if known else None
 
 
-__all__ = ["FORMAT", "FORMAT_VERSION", "bytes_of", "compute", "gib", "load_samples", "summarise"]
+__all__ = [
+    "FORMAT",
+    "FORMAT_VERSION",
+    "Sample",
+    "bytes_of",
+    "compute",
+    "gib",
+    "load_samples",
+    "paired",
+    "perplexity",
+    "summarise",
+]

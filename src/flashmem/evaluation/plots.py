@@ -60,8 +60,10 @@ def _accuracy_budget(metrics: Metrics) -> str | None:
     for axis, length in zip(axes[0], lengths, strict=True):
         for average in (a for a in averages if a["length"] == length):
             share = 100 * average["paper_ratio_of_means"]
-            axis.plot(share, 100 * average["score"], "o", color=colours[average["policy"]], label=average["policy"])
-        axis.set(title=tokens(length), xlabel="KV held, percent of full", xscale="log", ylim=(-3, 103))
+            policy = average["policy"]
+            axis.plot(share, 100 * average["score"], "o", alpha=0.7, color=colours[policy], label=policy)
+        axis.set(title=tokens(length), ylim=(-3, 103))
+        _share_axis(axis)
     axes[0][0].set_ylabel("accuracy, percent")
     return _svg(figure, legend_of=axes[0][0])
 
@@ -99,7 +101,8 @@ def _recall_budget(metrics: Metrics) -> str | None:
     if not drawn:
         plt.close(figure)
         return None
-    axis.set(xlabel="KV held, percent of full", ylabel="on the device, percent", xscale="log", ylim=(-3, 103))
+    axis.set(ylabel="on the device, percent", ylim=(-3, 103))
+    _share_axis(axis)
     return _svg(figure, legend_of=axis)
 
 
@@ -148,6 +151,14 @@ def _residency(metrics: Metrics, samples: Sequence[Sample]) -> str | None:
         axis.plot(cycles, means, "o-", color=colours[policy], markersize=4, label=policy)
     axis.set(xlabel="cycle of the answer", ylabel="KV held, percent of full", yscale="log", xticks=range(longest))
     return _svg(figure, legend_of=axis)
+
+
+def _share_axis(axis: Any) -> None:
+    axis.set_xscale("log")
+    shares = [share for share in (1, 2, 5, 10, 20, 50, 100) if share >= 0.5 * min(axis.dataLim.x0, 100)]
+    axis.set_xticks(shares, [str(share) for share in shares])
+    axis.minorticks_off()
+    axis.set_xlabel("KV held, percent of full")
 
 
 def _length_axis(axis: Any, lengths: Sequence[int]) -> None:

@@ -61,8 +61,6 @@ class Contender:
 class Reference:
     """What the runs of `full` and `lsa` on the same item tell about it, one entry per cycle after the question."""
 
-    first_cycle: int = 0
-    """Level 1 runs that the session had before the question's."""
     budgets: list[int] = field(default_factory=list)
     """Pages that LSA held."""
     masses: list[torch.Tensor] = field(default_factory=list)
@@ -104,8 +102,10 @@ def _parse(name: str) -> Contender:
     return Contender(name, match["kind"], share=share)
 
 
-def build(contender: Contender, config: LSAConfig, csa_ratio: int, reference: Reference) -> Policy:
-    """The policy object of a contender for one item."""
+def build(
+    contender: Contender, config: LSAConfig, csa_ratio: int, reference: Reference, first_cycle: int = 0
+) -> Policy:
+    """The policy object of a contender for one item; `first_cycle` level 1 runs came before the question's."""
     if contender.kind == "full":
         return AllPages()
     if contender.kind == "lsa":
@@ -116,7 +116,7 @@ def build(contender: Contender, config: LSAConfig, csa_ratio: int, reference: Re
     if contender.kind == "random-10%":
         return TailAndRandom(tail, 0.1, contender.seed)
     return Scheduled(
-        _MAKERS[contender.kind](reference), reference.first_cycle, name=contender.label, seed=contender.seed,
+        _MAKERS[contender.kind](reference), first_cycle, name=contender.label, seed=contender.seed,
         budgets=reference.budgets if contender.matched else None, share=contender.share,
         scorer="native" if contender.kind == "native" else "none",
     )  # fmt: skip

@@ -20,6 +20,7 @@ from typing import Any
 
 from . import stats, table
 from .metrics import compute, load_samples
+from .samples import is_answer
 
 _STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 75rem; padding: 0 1rem; color: #1a1a1a }
@@ -42,14 +43,14 @@ def write_report(
     if pictures:
         from .plots import plots  # matplotlib is optional and takes a second
 
-        drawn = plots(metrics, samples)
+        drawn = plots(metrics, [sample for sample in samples if is_answer(sample)])
         (out / "plots").mkdir(exist_ok=True)
         for name, picture in drawn.items():
             (out / "plots" / f"{name}.svg").write_text(picture, encoding="utf-8")
     (out / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
     (out / "table.md").write_text(table.markdown(metrics), encoding="utf-8")
     (out / "report.html").write_text(page(metrics, drawn), encoding="utf-8")
-    write_kvpress(out / "kvpress", metrics, samples)
+    write_kvpress(out / "kvpress", metrics, [sample for sample in samples if is_answer(sample)])
     return metrics
 
 
@@ -58,7 +59,7 @@ def page(metrics: Mapping[str, Any], drawn: Mapping[str, str]) -> str:
     name = html.escape(table.title(metrics))
     parts = [f"<h1>{name}</h1>", *(f"<p>{html.escape(text)}</p>" for text in table.introduction(metrics))]
     made = table.tables(metrics)
-    parts.append(made[0].html())
+    parts += [part.html() for part in made[:1]]
     if drawn:
         from .plots import CAPTIONS
 

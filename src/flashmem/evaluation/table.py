@@ -6,7 +6,7 @@ The first two are in the paper's layout, `accuracy (GiB)`, one per accounting.
 from __future__ import annotations
 
 import html
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,24 +71,30 @@ def introduction(metrics: Metrics) -> list[str]:
     rule = f"{percent(lsa['keep'])} % of pages" if lsa["keep"] is not None else f"threshold {lsa['threshold']}"
     filler = run["made"].get("filler")
     made_by = metrics["environments"][0]
+    hardware = ", ".join(made_by["gpus"]) or made_by["cpu"]
     lines = [
         f"{metrics['samples']:,} of {run['samples']:,} answers. LSA: {rule}, pages of {lsa['page_chunks']} chunks, tau "
-        f"{lsa['tau']}, {lsa['sink_pages']} sink and {lsa['recency_pages']} recency pages. "
-        f"Model {run['model_name']} {run['model']}, indexer {run['indexer']}, {run['dtype']} on "
-        f"{', '.join(made_by['gpus']) or made_by['cpu']}, items {run['items_sha256'][:16]}"
+        f"{lsa['tau']}, {lsa['sink_pages']} sink and {lsa['recency_pages']} recency pages. Model {run['model_name']} "
+        f"{run['model']}, indexer {run['indexer']}, {run['dtype']} on {hardware}, items {run['items_sha256'][:16]}"
         + (f" (filler: {filler})." if filler else "."),
         "Policies at @match hold, item by item and cycle by cycle, as many pages as LSA. Accuracies are mean scores in "
         "percent; policies with several seeds are means over them. The first token of an answer follows from the "
         "question's prefill, which reads the whole history under every policy.",
     ]
+    if metrics["judge"] is not None:
+        lines.append(f"Scores are verdicts of {metrics['judge']}.")
     return lines if metrics["complete"] else ["The run is incomplete: these numbers are preliminary.", *lines]
 
 
 def tables(metrics: Metrics) -> list[Table]:
     """All tables of a report."""
-    made = [_layout(metrics, accounting, meaning) for accounting, meaning in _ACCOUNTINGS.items()]
-    made += [_ratios(metrics), _recall(metrics), _intervals(metrics)]
-    return made + ([_comparisons(metrics)] if metrics["comparisons"] else [])
+    made: list[Table] = []
+    if metrics["rows"]:
+        made += [_layout(metrics, accounting, meaning) for accounting, meaning in _ACCOUNTINGS.items()]
+        made += [_ratios(metrics), _recall(metrics), _intervals(metrics)]
+    if metrics["comparisons"]:
+        made.append(_comparisons(metrics))
+    return made + ([_perplexity(metrics)] if metrics["perplexity"] else [])
 
 
 def _layout(metrics: Metrics, accounting: str, meaning: str) -> Table:
@@ -96,13 +102,13 @@ def _layout(metrics: Metrics, accounting: str, meaning: str) -> Table:
     cells = {(c["task"], c["length"], c["policy"]): c for c in metrics["cells"]}
     rows = [
         [
-            f"{row['task']} {tokens(row['length'])}",
+            _row_name(row),
             *(_score_gib(cells[row["task"], row["length"], policy], accounting) for policy in metrics["policies"]),
         ]
         for row in metrics["rows"]
     ]
     greyed = frozenset(index for index, row in enumerate(metrics["rows"]) if row["greyed"])
-    averages = {(a["length"], a["policy"]): a for a in metrics["averages"]}
+    averages = {(a["length"], a["policy"]): a for a in _distinct(metrics, metrics["averages"])}
     for length in dict.fromkeys(length for length, _ in averages):
         name = "average" if length is None else f"average {tokens(length)}"
         rows.append([name, *(_score_gib(averages.get((length, p)), accounting) for p in metrics["policies"])])
@@ -117,7 +123,7 @@ def _ratios(metrics: Metrics) -> Table:
             _length(average["length"]), average["policy"],
             *(percent(average[f"{name}_{kind}"]) for name in _ACCOUNTINGS for kind in kinds),
         ]
-        for average in metrics["averages"]
+        for average in _distinct(metrics, metrics["averages"])
     ]  # fmt: skip
     head = [f"{_name(name)}: {kind.replace('_', ' ')}" for name in _ACCOUNTINGS for kind in kinds]
     text = (
@@ -130,7 +136,7 @@ def _ratios(metrics: Metrics) -> Table:
 def _recall(metrics: Metrics) -> Table:
     rows = [
         [
-            f"{c['task']} {tokens(c['length'])}", c["policy"], _known(c["evidence_recall"]), _known(c["mass_recall"]),
+            _row_name(c), c["policy"], _known(c["evidence_recall"]), _known(c["mass_recall"]),
             f"{c['cycles']:.2f}", f"{c['moved_bytes'] / 2**20:.3g}", f"{c['widened']} / {c['early']}",
         ]
         for c in metrics["cells"]
@@ -148,7 +154,7 @@ def _recall(metrics: Metrics) -> Table:
 def _intervals(metrics: Metrics) -> Table:
     rows = [
         [
-            f"{c['task']} {tokens(c['length'])}", c["policy"], str(c["n"]), str(c["documents"]), percent(c["score"]),
+            _row_name(c), c["policy"], str(c["n"]), str(c["documents"]), percent(c["score"]),
             _interval(c["interval"]), c["interval_kind"], f"{c['right']} of {c['answers']}",
             _interval(c["right_interval"]),
         ]
@@ -166,19 +172,19 @@ def _intervals(metrics: Metrics) -> Table:
 
 def _comparisons(metrics: Metrics) -> Table:
     rows = []
-    for c in metrics["comparisons"]:
+    for c in _distinct(metrics, metrics["comparisons"]):
         pooled = c["task"] is None
         gap = c["interval"]
         rows.append(
             [
                 f"{c['policy']} − {c['against']}",
-                f"{'all' if pooled else c['task']} {_length(c['length'])}",
+                f"{'all tasks,' if pooled else c['task']} {_length(c['length'])}",
                 f"{c['pairs']} / {c['clusters']}",
                 f"{100 * c['difference']:+.1f}",
                 "-" if gap is None else f"{100 * gap[0]:+.1f} to {100 * gap[1]:+.1f}",
                 f"{c['gained']} / {c['lost']}",
-                _p_value(c["mcnemar_p"]) if pooled else f"{_p_value(c['mcnemar_p'])} ({_p_value(c['holm_p'])})",
-                _p_value(c["noninferior_p"]),
+                p_value(c["mcnemar_p"]) if pooled else f"{p_value(c['mcnemar_p'])} ({p_value(c['holm_p'])})",
+                p_value(c["noninferior_p"]),
                 "yes" if c["noninferior"] else "no",
             ]
         )
@@ -194,12 +200,49 @@ def _comparisons(metrics: Metrics) -> Table:
     return Table("Paired comparisons", text, head, rows)
 
 
+def _perplexity(metrics: Metrics) -> Table:
+    rows = []
+    for entry in metrics["perplexity"]:
+        gap, ends = entry.get("above_full"), entry.get("above_full_interval")
+        rows.append(
+            [
+                f"{tokens(entry['length'])}, tokens {entry['first'] + 1}-{entry['last']}",
+                entry["policy"],
+                str(entry["n"]),
+                f"{entry['nats']:.4f}",
+                f"{entry['perplexity']:.3f}",
+                "-" if gap is None else f"{gap:+.4f}",
+                "-" if ends is None else f"{ends[0]:+.4f} to {ends[1]:+.4f}",
+                percent(entry["paper_ratio_of_means"]),
+            ]
+        )
+    text = (
+        "Rows: tokens before the continuation, and which of its tokens. Above full: nats per token more than with full "
+        "attention on the same passages, with a bootstrap interval over them. KV: percent of a full cache, paper "
+        "accounting."
+    )
+    head = ["", "policy", "passages", "nats", "perplexity", "above full", "95 %", "KV"]
+    return Table("Perplexity", text, head, rows)
+
+
 def tokens(count: int) -> str:
-    """65536 is 64K."""
+    """65536 is 64K; 0, a length that is not fixed, is nothing."""
+    if not count:
+        return ""
     for unit, size in (("M", 1024**2), ("K", 1024)):
         if count >= size and count % size == 0:
             return f"{count // size}{unit}"
     return f"{count:,}"
+
+
+def _distinct(metrics: Metrics, entries: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Without what is said of all lengths where there is one."""
+    one = len({row["length"] for row in metrics["rows"] if not row["greyed"]}) == 1
+    return [entry for entry in entries if entry["length"] is not None or not one]
+
+
+def _row_name(row: Mapping[str, Any]) -> str:
+    return f"{row['task']} {tokens(row['length'])}".rstrip()
 
 
 def percent(share: float) -> str:
@@ -214,7 +257,7 @@ def _interval(ends: Sequence[float] | None) -> str:
     return "-" if ends is None else f"{percent(ends[0])}-{percent(ends[1])}"
 
 
-def _p_value(p: float) -> str:
+def p_value(p: float) -> str:
     return f"{p:.3f}" if p >= 0.001 else "<0.001"
 
 
@@ -232,4 +275,4 @@ def _known(share: float | None) -> str:
     return "-" if share is None else percent(share)
 
 
-__all__ = ["Table", "introduction", "markdown", "percent", "tables", "title", "tokens"]
+__all__ = ["Table", "introduction", "markdown", "p_value", "percent", "tables", "title", "tokens"]

@@ -19,10 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from ...training.backbone import tasks
-from ...training.backbone.corpus import Corpus
+from ...training.backbone.corpus import Corpus, encode_prose
 from ...training.backbone.tokenizer import EOS_ID
 from ..items import Document, Item, ItemSet
 
@@ -30,6 +28,8 @@ SUITE = "mini-table1"
 SLACK_TOKENS = 8
 """Tokens that an answer may be longer than the reference."""
 SONG_WORDS = 80
+PROSE_TOKENS = 400_000
+"""Longer documents go round: their text repeats, their facts do not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,14 +158,13 @@ def references(task: str, answer: str) -> tuple[str, ...]:
     return (answer.strip(),)
 
 
-def filler(folder: str | Path | None, lexicon: tasks.Lexicon) -> tuple[Corpus, dict[str, Any]]:
-    """What facts are scattered in, and what to say of it: held-out books of a corpus folder, or RULER's noise."""
+def filler(
+    folder: str | Path | None, lexicon: tasks.Lexicon, *, prose_tokens: int = PROSE_TOKENS
+) -> tuple[Corpus, dict[str, Any]]:
+    """What facts are scattered in, and what to say of it: held-out books of a corpus folder, or text of our own."""
     if folder is not None:
         return Corpus.load(Path(folder) / "test.npz"), {"filler": "books"}
-    sentences = [lexicon.text(f" {sentence}.") for sentence in tasks.NOISE.strip().rstrip(".").split(". ")]
-    lengths = [len(sentence) for sentence in sentences]
-    tokens = np.array([token for sentence in sentences for token in sentence], dtype=np.uint16)
-    return Corpus(tokens, np.concatenate([[0], np.cumsum(lengths)])), {"filler": "noise"}
+    return encode_prose(prose_tokens, lexicon.tokenizer), {"filler": "prose"}
 
 
 def _without_end(ids: Sequence[int]) -> list[int]:

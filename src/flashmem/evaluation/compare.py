@@ -1,0 +1,112 @@
+"""Several runs on the same items against the first of them: the table of an ablation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from . import stats
+from .metrics import Sample, bytes_of, compute, load_samples, paired
+from .samples import is_answer
+from .table import Table, p_value, percent
+
+_IGNORED = ("max_sessions", "prefill_chunk", "device_budget_bytes")
+"""Settings that change no answer beyond rounding."""
+
+
+def compare(directories: Sequence[str | Path], *, policy: str = "lsa", margin: float = stats.MARGIN) -> dict[str, Any]:
+    """Every run's `policy` against the first run's, on items that both answered and full attention did not fail.
+
+    Raises ValueError for runs on other items, and for runs without that policy.
+    """
+    if len(directories) < 2:
+        raise ValueError("at least two runs are needed to compare")
+    metrics = [compute(directory, margin=margin) for directory in directories]
+    names = _names(directories)
+    for name, other in zip(names, metrics, strict=True):
+        if other["run"]["items_sha256"] != metrics[0]["run"]["items_sha256"]:
+            raise ValueError(f"{name} was run on other items than {names[0]}: they cannot be paired")
+        if policy not in other["policies"]:
+            raise ValueError(f"{name} has no policy {policy!r}; it has {', '.join(other['policies'])}")
+    greyed = {(row["task"], row["length"]) for values in metrics for row in values["rows"] if row["greyed"]}
+    samples = [_of(directory, policy, greyed) for directory in directories]
+    rows = []
+    for index, (name, values) in enumerate(zip(names, metrics, strict=True)):
+        row: dict[str, Any] = {
+            "name": name,
+            "settings": _settings(values["run"], metrics[0]["run"]) if index else {},
+            "items": len({sample["id"] for sample in samples[index]}),
+            "score": fmean(sample["score"] for sample in samples[index]),
+            **bytes_of(samples[index]),
+        }
+        if index:
+            row["paired"] = paired(samples[index], samples[0], margin=margin)
+        rows.append(row)
+    adjusted = stats.holm([row["paired"].mcnemar_p for row in rows[1:]])
+    for row, p in zip(rows[1:], adjusted, strict=True):
+        row["holm_p"] = p
+    return {"policy": policy, "margin": margin, "runs": rows}
+
+
+def table_of(compared: Mapping[str, Any]) -> Table:
+    """The comparison as a table."""
+    rows = []
+    for run in compared["runs"]:
+        made, gap = run.get("paired"), None
+        if made is not None:
+            gap = made.interval
+        rows.append(
+            [
+                run["name"],
+                ", ".join(f"{name} {value}" for name, value in run["settings"].items()) or "-",
+                str(run["items"]),
+                percent(run["score"]),
+                percent(run["paper_ratio_of_means"]),
+                percent(run["all_in_ratio_of_means"]),
+                "-" if made is None else f"{100 * made.difference:+.1f}",
+                "-" if gap is None else f"{100 * gap[0]:+.1f} to {100 * gap[1]:+.1f}",
+                "-" if made is None else f"{made.gained} / {made.lost}",
+                "-" if made is None else f"{p_value(made.mcnemar_p)} ({p_value(run['holm_p'])})",
+                "-" if made is None else ("yes" if made.noninferior else "no"),
+            ]
+        )
+    first = compared["runs"][0]["name"]
+    text = (
+        f"Policy {compared['policy']}; settings are those that differ from {first}'s. Accuracy, and percent of a full "
+        f"cache in both accountings. Points: against {first}, on the same items; interval: paired bootstrap over "
+        "documents, 95 %; McNemar: exact, Holm's over the runs in brackets; non-inferior: not "
+        f"{100 * compared['margin']:g} points or more below."
+    )
+    head = ["run", "settings", "items", "accuracy", "KV paper", "KV all-in", "points", "interval", "gained / lost",
+            "McNemar p (Holm)", "non-inferior"]  # fmt: skip
+    return Table("Runs compared", text, head, rows)
+
+
+def _of(directory: str | Path, policy: str, greyed: set[tuple[str, int]]) -> list[Sample]:
+    found = [
+        sample for sample in load_samples(directory)
+        if sample["policy"] == policy and is_answer(sample) and (sample["task"], sample["length"]) not in greyed
+    ]  # fmt: skip
+    if not found:
+        raise ValueError(f"{directory}: no answer of {policy!r} counts")
+    return found
+
+
+def _settings(run: Mapping[str, Any], first: Mapping[str, Any]) -> dict[str, Any]:
+    """What differs in the engine's settings, the model or its indexer."""
+    made = {
+        name: value for name, value in run["lsa"].items() if value != first["lsa"].get(name) and name not in _IGNORED
+    }
+    return made | {name: run[name] for name in ("model", "indexer", "dtype") if run[name] != first[name]}
+
+
+def _names(directories: Sequence[str | Path]) -> list[str]:
+    """The last parts of the paths; where they are not distinct, one more part of each."""
+    paths = [Path(directory).resolve() for directory in directories]
+    names = [path.name for path in paths]
+    return names if len(set(names)) == len(names) else [f"{path.parent.name}/{path.name}" for path in paths]
+
+
+__all__ = ["compare", "table_of"]
