@@ -185,7 +185,7 @@ def _difference(a: torch.Tensor | None, b: torch.Tensor) -> float:
 
 
 LATE_COPIES, LATE_MODEL = 1, 2
-CYCLES = 100_000_000  # about 60 milliseconds
+CYCLES = 500_000_000  # about 0.3 seconds, several steps long
 
 
 def run_copies_under_load(args: Any) -> dict[str, Any]:
@@ -378,7 +378,7 @@ def run_copy_rates(args: Any) -> dict[str, Any]:
         layout, dtype=torch.bfloat16, device_budget_bytes=size, host_budget_bytes=size, disk_path=None,
         disk_budget_bytes=None,
     )  # fmt: skip
-    slots, homes = store.pool.take(records, 0), store.host.take(records)
+    slots, homes = store.pool.take_for_copy(records, 0), store.host.take(records)
     rows, pinned = [store.host.row(home) for home in homes], store.host.pinned
     host = torch.empty(size, dtype=torch.uint8, pin_memory=device.type == "cuda")
     pool = torch.empty(size, dtype=torch.uint8, device=device)
@@ -482,7 +482,7 @@ PARTS: dict[str, tuple[Callable[[Any], dict[str, Any]], int]] = {
     "copy_rates": (run_copy_rates, 90),
     "tests": (run_tests, 240),
     "sanitizer_memcheck": (run_memcheck, 240),
-    "sanitizer_racecheck": (run_racecheck, 180),
+    "sanitizer_racecheck": (run_racecheck, 240),
 }
 """Each with the seconds that it may take."""
 

@@ -30,7 +30,7 @@ def run(device: str, kv_format: str, steps: int) -> int:
     engine = Engine(model, config=config)
     sessions = [engine.session(), engine.session()]
     generator = torch.Generator().manual_seed(0)
-    for session, length in zip(sessions, (900, 430), strict=True):
+    for session, length in zip(sessions, (300, 130), strict=True):
         session.append(torch.randint(0, 256, (length,), generator=generator).tolist())
     for _ in range(steps):
         logits = engine.decode(sessions, [int(session.next_logits.argmax()) for session in sessions])

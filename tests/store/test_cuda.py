@@ -152,6 +152,23 @@ def test_a_taken_slot_waits_for_a_cancelled_copy_in(monkeypatch: pytest.MonkeyPa
     assert torch.equal(kv.cpu(), chunks.kv[1][2 * PAGE :])
 
 
+def test_an_opened_page_is_not_cleared_after_its_copy() -> None:
+    """The device is behind: what clears the slot of the page being filled may not come after its bytes."""
+    warm_up()
+    store = make_cuda_store(8)
+    session, chunks = store.open_session(), Chunks(store.layout, torch.float32)
+    append(session, chunks, PAGE + 5, torch.Generator().manual_seed(2))
+    torch.cuda.synchronize()
+    saved = session.snapshot()
+    rows = {layer: session.index_rows(layer).clone() for layer in store.layout.target_layers}
+    opened = store.open_session()
+    torch.cuda._sleep(LONG)
+    opened.import_saved(saved, PAGE + 5, rows)
+    torch.cuda.synchronize()
+    assert torch.equal(store.pool.record_to_cpu(opened.slot_of(1)), saved.row(1))
+    store.close()
+
+
 def test_growth_waits_for_copies_into_the_old_pool(monkeypatch: pytest.MonkeyPatch) -> None:
     warm_up()
     session, chunks = two_pages_at_home(make_cuda_store(None))

@@ -442,7 +442,7 @@ class SessionPages:
             if layer not in index_rows or tuple(index_rows[layer].shape) != expected:
                 raise ValueError(f"index rows of layer {layer} must be {list(expected)}")
         tail = [mapped.row(page) for page in range(complete, num_pages)]
-        slots = self.store.pool.take(len(tail), self.owner)
+        slots = self.store.pool.take_for_copy(len(tail), self.owner)
         self.store.pool.wait(self.store.pool.copy_in(slots, tail))
         self._grow_rows(num_chunks)
         for layer in layout.target_layers:
