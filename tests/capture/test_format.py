@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,27 @@ def test_round_trip(tmp_path: Path) -> None:
         assert_same(wanted, found)
     assert_same(reader["bare"], reader[1])
     assert [entry.queries for entry in reader.entries] == [3, 3, 1]
+
+
+def test_several_directories_are_read_as_one(tmp_path: Path) -> None:
+    first, second = make_document("one"), make_document("two", positions=(21,))
+    write(tmp_path / "a", first)
+    write(tmp_path / "b", second)
+    reader = ShardReader(tmp_path / "a", tmp_path / "b")
+    reader.check()
+    assert reader.rids == ("one", "two") and reader.directory == tmp_path / "a"
+    for wanted, found in zip((first, second), reader, strict=True):
+        assert_same(wanted, found)
+    with pytest.raises(ValueError, match="'one', which"):
+        ShardReader(tmp_path / "a", tmp_path / "a")
+
+
+def test_directories_that_do_not_go_together_are_refused(tmp_path: Path) -> None:
+    write(tmp_path / "a", make_document("one"))
+    with ShardWriter(tmp_path / "b", replace(make_meta(), vote_p=0.7)) as writer:
+        writer.write(make_document("two"))
+    with pytest.raises(ValueError, match="differ in vote_p"):
+        ShardReader(tmp_path / "a", tmp_path / "b")
 
 
 def test_empty_shards_can_be_read(tmp_path: Path) -> None:

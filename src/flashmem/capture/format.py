@@ -342,19 +342,32 @@ class ShardWriter:
 
 
 class ShardReader:
-    """The documents of a directory, by index or rid, memory-mapped.
+    """The documents of one or more directories, by index or rid, memory-mapped.
 
-    Opening checks the manifest and the files' sizes; `check` reads everything. Raises ValueError where there are no
-    shards, DamagedError for damaged ones.
+    Opening checks manifests and the files' sizes; `check` reads everything. Raises ValueError where there are no shards
+    or the directories do not go together, DamagedError for damaged ones.
     """
 
-    def __init__(self, directory: str | Path) -> None:
+    def __init__(self, directory: str | Path, *more: str | Path) -> None:
         self.directory = Path(directory)
-        self.meta, self.entries = _read_manifest(self.directory)
-        self._index = {entry.rid: index for index, entry in enumerate(self.entries)}
-        for entry in self.entries:
-            if fault := _fault(self.directory, entry, deep=False):
-                raise DamagedError(fault)
+        """The first one: where the start of training is."""
+        self.meta, _ = _read_manifest(self.directory)
+        self.entries: list[Entry] = []
+        self._places: list[Path] = []
+        self._index: dict[str, int] = {}
+        for folder in (self.directory, *map(Path, more)):
+            meta, entries = _read_manifest(folder)
+            names = [item.name for item in fields(meta)]
+            if differing := [name for name in names if getattr(meta, name) != getattr(self.meta, name)]:
+                raise ValueError(f"{folder} and {self.directory} differ in {', '.join(differing)}")
+            for entry in entries:
+                if entry.rid in self._index:
+                    raise ValueError(f"{folder} holds document {entry.rid!r}, which {self._place(entry.rid)} holds too")
+                if fault := _fault(folder, entry, deep=False):
+                    raise DamagedError(fault)
+                self._index[entry.rid] = len(self.entries)
+                self.entries.append(entry)
+                self._places.append(folder)
 
     @property
     def rids(self) -> tuple[str, ...]:
@@ -365,7 +378,7 @@ class ShardReader:
 
     def __getitem__(self, key: int | str) -> Document:
         entry = self.entries[self._index[key] if isinstance(key, str) else key]
-        path = self.directory / entry.file
+        path = self._place(entry.rid) / entry.file
         try:
             return _document_of(entry, self.meta, load_file(path))
         except (safetensors.SafetensorError, KeyError) as error:
@@ -377,12 +390,16 @@ class ShardReader:
     def check(self) -> None:
         """Verify the checksum and the content of every document; raises DamagedError naming the file."""
         for index, entry in enumerate(self.entries):
-            if fault := _fault(self.directory, entry):
+            folder = self._place(entry.rid)
+            if fault := _fault(folder, entry):
                 raise DamagedError(fault)
             try:
                 self[index].check(self.meta)
             except ValueError as error:
-                raise DamagedError(f"{self.directory / entry.file}: {error}") from error
+                raise DamagedError(f"{folder / entry.file}: {error}") from error
+
+    def _place(self, rid: str) -> Path:
+        return self._places[self._index[rid]]
 
 
 def file_name(rid: str) -> str:

@@ -18,7 +18,7 @@ def add_command(app: typer.Typer) -> None:
 
 def run(
     indexer: Annotated[Path, typer.Argument(help="Memory Indexer: a directory, .safetensors or .pt.")],
-    shards: Annotated[Path, typer.Argument(help="Shards of held-out documents, like those it will serve.")],
+    shards: Annotated[list[Path], typer.Argument(help="Shards of held-out documents, like those it will serve.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Directory of the calibrated indexer.")],
     miss: Annotated[
         float | None, typer.Option(help="Share of the need that may be left out in expectation, e.g. 0.05.")
@@ -53,7 +53,7 @@ def run(
     rules = PageRules(page_chunks=page_chunks, sink_pages=sink_pages, recency_pages=recency_pages)
     loaded = MemoryIndexer.from_pretrained(indexer)
     weights = parse_weights(layer_weights.split(",")) if layer_weights else None
-    curves = curves_of(ShardReader(shards), loaded, rules, recall=recall, layer_weights=weights)
+    curves = curves_of(ShardReader(*shards), loaded, rules, recall=recall, layer_weights=weights)
     bounds = [int(text) for text in buckets.split(",")] if buckets else []
     made, chosen = calibrate(loaded, curves, alpha=miss, share=keep, buckets=bounds)
     made.save_pretrained(output)

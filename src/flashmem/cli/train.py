@@ -17,7 +17,7 @@ def add_command(app: typer.Typer) -> None:
 
 
 def run(
-    shards: Annotated[Path, typer.Argument(help="Directory written by flashmem capture.")],
+    shards: Annotated[list[Path], typer.Argument(help="Directories written by flashmem capture.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Directory of the run.")],
     config: Annotated[
         Path | None, typer.Option(help="YAML with training settings.", show_default="our losses, native start")
@@ -60,7 +60,7 @@ def run(
         raise ValueError(f"recipe must be 'ours' or 'published', got {recipe!r}")
     base = TrainConfig.published().to_mapping() if recipe == "published" else {}
     made = TrainConfig.from_mapping(base | ({} if config is None else TrainConfig.read(config)) | changes)
-    reader = ShardReader(shards)
+    reader = ShardReader(*shards)
     begin = MemoryIndexer.from_pretrained(reader.directory / "native" if start is None else start)
     trainer = Trainer(reader, begin, made, output, cpu=cpu)
     if resume:

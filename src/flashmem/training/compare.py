@@ -225,7 +225,7 @@ def parse_weights(texts: Sequence[str]) -> dict[int, float]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What decides a comparison."""
-    parser.add_argument("shards", type=Path)
+    parser.add_argument("shards", type=Path, nargs="+")
     parser.add_argument("--indexer", action="append", default=[], metavar="NAME=PATH")
     parser.add_argument("--best", help="name whose differences to all others are shown")
     parser.add_argument("--page-chunks", type=int, default=64)
@@ -236,7 +236,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """The comparison that the arguments ask for. Raises ValueError for what they name wrongly."""
-    shards = ShardReader(args.shards)
+    shards = ShardReader(*args.shards)
     rules = PageRules(
         page_chunks=args.page_chunks, sink_pages=args.sink_pages, recency_pages=args.recency_pages
     )  # fmt: skip

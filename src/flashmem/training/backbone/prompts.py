@@ -30,22 +30,28 @@ Span = tuple[int, int]
 
 
 def lookahead_questions(draw: Draw) -> list[Question]:
-    """Eight questions in random order: lists of 16 and 8, four values, a chain, a song, a hop, a conversation, one
-    number."""
+    """Twelve questions in random order.
+
+    Lists of 16 and of 2 to 8 keys, of 4 and of 2 to 8 of RULER's keys, four values, two chains, two hops, a song, a
+    conversation, and one fact alone.
+    """
+    some = draw.random.randint
     for _ in range(20):
         kv(draw)
-    for _ in range(10):
+    for _ in range(12):
         number(draw, 1)
     single = draw.random.choice(draw.questions)
     draw.questions.clear()
-    facts, draw.listable = draw.listable, [item for item in draw.listable if item[0] == "kv"]
-    several(draw, 16)
-    draw.listable = [item for item in facts if item[0] == "number"]
-    several(draw, 8)
+    several(draw, 16, "kv")
+    several(draw, some(2, 8), "kv")
+    several(draw, 4, "number")
+    several(draw, some(2, 8), "number")
     number(draw, 4)
-    vt(draw, draw.random.randint(2, 4))
-    song(draw, draw.random.randint(40, 80))
+    vt(draw, 4, style="ruler")
+    vt(draw, some(1, 4))
     hop(draw)
+    hop(draw)
+    song(draw, some(40, 80))
     talk(draw)
     asked = [*draw.questions, single]
     return draw.random.sample(asked, len(asked))
