@@ -284,7 +284,7 @@ class Engine:
         chunks = (session.state.position + count) // self.geometry.csa_ratio - session.pages.num_chunks
         session.cycle.before_prefill_chunk()
         session.pages.reserve(chunks)
-        return PrefillStep(session.state, session.pages, count)
+        return PrefillStep(session.state, session.pages, count, self.on_prefill_picks)
 
     def _end_prefill(self, session: Session, step: PrefillStep) -> None:
         step.finish()
@@ -303,6 +303,8 @@ class Engine:
 
     on_picks: PickObserver | None = None
     """Sees the chunks that level 2 picks in every decode step (evaluation, oracle)."""
+    on_prefill_picks: PickObserver | None = None
+    """Likewise in prefill, where each token has its own picks (capture); it costs time and memory."""
 
     def _end_decode(self, sessions: Sequence[Session], step: DecodeStep) -> None:
         step.finish()

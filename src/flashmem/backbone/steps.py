@@ -25,14 +25,16 @@ from .state import SessionState, StatePool
 
 KEY_TILE = 4096
 """Chunks whose index keys a prefill holds at a time."""
+OBSERVED_TILE = 32
+"""Queries of a prefill whose picks are shown at a time."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Picks:
-    """What level 2 picked in one CSA layer of a decode step, best first."""
+    """What level 2 picked in one CSA layer of a step, best first. B = sessions in decode, tokens in prefill."""
 
     chunk_ids: torch.Tensor
-    """Int64 [B, K], -1 where a session has fewer picks."""
+    """Int64 [B, K], -1 where there are fewer picks."""
     scores: torch.Tensor
     """Float32 [B, K], undefined where there is no pick."""
     weights: torch.Tensor
@@ -40,7 +42,7 @@ class Picks:
 
 
 PickObserver = Callable[[int, Picks], None]
-"""Called in decode with (layer, picks); not for a layer in which no session of the batch has a chunk."""
+"""Called with (layer, picks); not for a layer in which no session of the step has a chunk."""
 
 
 class Step(Protocol):
@@ -66,11 +68,14 @@ def index_query(
 class PrefillStep:
     """`count` tokens of one session, over its whole history."""
 
-    def __init__(self, state: SessionState, pages: PrefillPages, count: int) -> None:
-        self.state, self.pages, self.pool = state, pages, state.pool
+    def __init__(
+        self, state: SessionState, pages: PrefillPages, count: int, on_picks: PickObserver | None = None
+    ) -> None:
+        self.state, self.pages, self.pool, self.on_picks = state, pages, state.pool, on_picks
         self.first, self.count, self.end = state.position, count, state.position + count
         self.updates: list[tuple[int, str, torch.Tensor, torch.Tensor]] = []
         self.new_entries: list[tuple[int, int, torch.Tensor]] = []
+        self._picked: tuple[torch.Tensor, torch.Tensor]  # of the layer that runs; only while somebody observes
 
     def attend(
         self,
@@ -89,6 +94,8 @@ class PrefillStep:
         kind, entries, per_query = g.layer_kinds[layer], None, 0
         if kind == "csa":
             entries, per_query = self._csa_entries(attention.compressor, layer, hidden, q_residual, rope)
+            if self.on_picks is not None and entries is not None:
+                self.on_picks(layer, self._observe(attention, q[0], window_kv, entries))
         elif kind == "hca":
             entries, per_query = self._hca_entries(attention.compressor, layer, hidden)
         self._remember(layer, "window", kv[0])
@@ -158,12 +165,31 @@ class PrefillStep:
         q, weights = index_query(compressor.indexer, hidden, q_residual, rope, history.keys_rotated)
         k = min(self.pool.geometry.index_topk, total)
         picks = topk_history(q[0], weights[0], self._visible(ratio, q.device), _key_tiles(history), k)
+        if self.on_picks is not None:
+            self._picked = _best_first(q[0], weights[0], history, picks)
+            picks = self._picked[0]
 
         def entries(lo: int, hi: int) -> KeySet:
             ids = picks[lo:hi]
             return history.kv(ids.clamp_min(0)), ids >= 0
 
         return entries, k
+
+    def _observe(
+        self, attention: Any, q_SHD: torch.Tensor, window_kv: torch.Tensor, entries: Callable[[int, int], KeySet]
+    ) -> Picks:
+        """The picks of all queries with their attention probabilities, a few queries at a time."""
+        window, (ids_SK, scores_SK) = self.pool.geometry.sliding_window, self._picked
+        back = torch.arange(window - 1, -1, -1, device=window_kv.device)
+        last_S = torch.arange(len(window_kv) - self.count, len(window_kv), device=window_kv.device)
+        weights = []
+        for lo in range(0, self.count, OBSERVED_TILE):
+            hi = min(lo + OBSERVED_TILE, self.count)
+            at = last_S[lo:hi, None] - back  # a query's own token is the last of its window
+            sets: list[KeySet] = [(window_kv[at.clamp_min(0)], at >= 0), entries(lo, hi)]
+            found = attention_weights(q_SHD[lo:hi], sets, attention.sinks, attention.scaling)
+            weights.append(found[..., window:])
+        return Picks(ids_SK, scores_SK, torch.cat(weights))
 
     def _hca_entries(
         self, compressor: Any, layer: int, hidden: torch.Tensor
@@ -213,6 +239,18 @@ class BatchPrefillStep:
                 for step, i in zip(self.steps, rows, strict=True)
             ]
         )
+
+
+def _best_first(
+    q_SHI: torch.Tensor, w_SH: torch.Tensor, history: LayerHistory, ids_SK: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Picks with their scores, by falling score, equal ones by rising id; -1 last."""
+    keys_NI = torch.cat([keys for _, keys in _key_tiles(history)])
+    ids_SK = ids_SK.sort(dim=1).values
+    tiles = [slice(lo, lo + OBSERVED_TILE) for lo in range(0, len(ids_SK), OBSERVED_TILE)]
+    scores_SK = torch.cat([lightning_scores(q_SHI[at], w_SH[at], keys_NI[ids_SK[at].clamp_min(0)]) for at in tiles])
+    order_SK = scores_SK.masked_fill(ids_SK < 0, float("-inf")).sort(dim=1, descending=True, stable=True).indices
+    return ids_SK.gather(1, order_SK), scores_SK.gather(1, order_SK)
 
 
 def _key_tiles(history: LayerHistory) -> Iterator[tuple[int, torch.Tensor]]:

@@ -2,13 +2,13 @@
 
 A line is an object with `id`, one of `prompt` (text) and `tokens` (ids), and optionally
 - `response` or `response_tokens`: the answer, teacher-forced; without one the model answers greedily;
-- `tail`: the last so many prompt tokens are decoded instead of read, so that there are queries inside the prompt;
+- `tail`: the last so many prompt tokens are watched too, so that there are queries inside the prompt;
 - `evidence`: spans that hold what the answer needs, [start, end) in tokens, or in characters where the prompt is text.
   An item is [start, end], needed by the whole answer, or {"span": [start, end], "answer": [start, end]}, needed by
   that part of the answer only. Offsets count through the prompt and on through the response;
-- `turns`: spans [start, end) of the answers within what is decoded, where several questions follow one another. Level 1
+- `turns`: spans [start, end) of the answers within what is watched, where several questions follow one another. Level 1
   runs at the beginning of each and every tau tokens in it, so queries stand there, and no label looks past a turn's
-  end. Without turns everything that is decoded is one;
+  end. Without turns everything that is watched is one;
 - `meta`: any object, kept with the document (task, length, ...).
 """
 
@@ -46,9 +46,9 @@ class Prompt:
     response: tuple[int, ...] | None = None
     """Teacher-forced answer; None means greedy generation."""
     tail: int | None = None
-    """Last tokens of the prompt that are decoded; None means the run's setting."""
+    """Last tokens of the prompt that are watched; None means the run's setting."""
     turns: tuple[Span, ...] | None = None
-    """Tokens of each answer within what is decoded; None means that all of it is one answer."""
+    """Tokens of each answer within what is watched; None means that all of it is one answer."""
     evidence: tuple[Evidence, ...] | None = None
     meta: Mapping[str, Any] = field(default_factory=dict)
 

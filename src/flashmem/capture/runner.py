@@ -1,8 +1,8 @@
 """Runs a backbone over prompts, once, and writes what the Memory Indexer is trained from.
 
-Every document is read by chunked prefill and then decoded token by token with every page resident; decoded tokens
-show, in each CSA layer, which chunks level 2 picked, their scores and what attention gave them.
-Shape letters: B = documents decoded together, T = decoded tokens of a document, L = CSA layers, K = picks,
+Every document is read by chunked prefill, then its answer is watched with every page resident: read too where it is
+given, decoded where the model answers. Watched tokens show, in each CSA layer, which chunks level 2 picked, their scores and what attention gave them.
+Shape letters: B = documents decoded together, T = watched tokens of a document, L = CSA layers, K = picks,
 m = observed tokens, E = hidden size.
 """
 
@@ -48,9 +48,9 @@ class CaptureConfig:
     max_new_tokens: int = 256
     """Tokens of a greedy answer, at most."""
     tail: int = 0
-    """Last prompt tokens that are decoded instead of read, unless a prompt says otherwise."""
+    """Last prompt tokens that are watched too, unless a prompt says otherwise."""
     batch: int = 1
-    """Documents decoded together."""
+    """Documents decoded together; answers that prompts give are read."""
     vote_p: float = 0.6
     vote_layers: int = 3
     prefill_chunk: int = 512
@@ -64,9 +64,10 @@ class CaptureConfig:
             raise ValueError(f"tail must not be negative, got {self.tail}")
 
     def engine_config(self) -> LSAConfig:
-        """Every page resident, and the last m hidden states of the captured layers at hand."""
+        """Every page resident, and the hidden states of a forward's tokens at hand, or the last m."""
         return LSAConfig(
-            policy="all", tau=self.tau, observation_window=self.observe, prefill_chunk=self.prefill_chunk
+            policy="all", tau=self.tau, observation_window=max(self.observe, self.prefill_chunk),
+            prefill_chunk=self.prefill_chunk,
         )  # fmt: skip
 
 
@@ -148,11 +149,11 @@ def capture(
     waiting = _missing(prompts, writer, summary, tell)
     observer = _Observer(engine)
     live: list[Recording] = []
-    engine.on_picks = observer
     try:
         while True:
             while len(live) < config.batch and (prompt := next(waiting, None)) is not None:
                 live.append(Recording(engine, prompt, config))
+                observer.read(live[-1])
             for recording in [item for item in live if item.finished]:
                 _finish(recording, writer, summary, tell)
                 live.remove(recording)
@@ -161,7 +162,6 @@ def capture(
             elif prompt is None:
                 break
     finally:
-        engine.on_picks = None
         for recording in live:
             recording.session.close()
         summary.seconds = round(time.monotonic() - started, 2)
@@ -218,7 +218,7 @@ class Recording:
         for start, end in prompt.turns or ():
             if not len(read) <= start < end <= len(read) + len(self.forced):
                 raise ValueError(
-                    f"document {prompt.rid!r}: the turn [{start}, {end}] is not within the decoded tokens "
+                    f"document {prompt.rid!r}: the turn [{start}, {end}] is not within the watched tokens "
                     f"{len(read)}..{len(read) + len(self.forced)}"
                 )
         self.steps: list[Step] = []
@@ -228,23 +228,16 @@ class Recording:
         except BaseException:
             self.session.close()
             raise
-        layers = [engine.geometry.csa_layers[csa] for csa in engine.indexer.target_layers]
-        self.start_LmE = torch.stack([self.session.state.observed(layer).cpu() for layer in layers])
-        self.next_token = self._choose()
+        self.start_LmE = hidden_of(engine, self.session, config.observe)
 
     @property
     def finished(self) -> bool:
         return self.next_token is None
 
-    def add(self, step: Step) -> None:
-        self.steps.append(step)
-        self.next_token = self._choose()
-
-    def _choose(self) -> int | None:
-        done = len(self.steps)
-        if done < len(self.forced):
-            return self.forced[done]
-        if done >= self.longest:
+    @property
+    def next_token(self) -> int | None:
+        """The answer's next token, None at its end; known once the given tokens have been read."""
+        if len(self.steps) >= self.longest:
             return None
         assert self.session.next_logits is not None
         token = int(self.session.next_logits.argmax())
@@ -308,7 +301,7 @@ class Recording:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Step:
-    """What one decoded token showed, on the CPU."""
+    """What one watched token showed, on the CPU."""
 
     ids: torch.Tensor
     """Int32 [L, K], best first, -1 where there is no pick."""
@@ -324,7 +317,7 @@ _STEP_FILL = {"ids": -1, "lightning": 0, "attention": 0}
 
 
 class _Observer:
-    """Decodes one token of several documents and hands each what its token showed."""
+    """Runs tokens of documents and hands each document what its tokens showed."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
@@ -333,22 +326,42 @@ class _Observer:
     def __call__(self, layer: int, picks: Picks) -> None:
         self.picks[layer] = picks
 
+    def read(self, item: Recording) -> None:
+        """Run all tokens that the document gives, several in a forward."""
+        engine, size = self.engine, item.config.prefill_chunk
+        for first in range(0, len(item.forced), size):
+            tokens = item.forced[first : first + size]
+            self.picks.clear()
+            engine.on_prefill_picks = self
+            try:
+                item.session.append(tokens)
+            finally:
+                engine.on_prefill_picks = None
+            hidden_LSE = hidden_of(engine, item.session, len(tokens))
+            item.steps += self._steps(hidden_LSE)
+
     def step(self, recordings: Sequence[Recording]) -> None:
-        """Run the next token of every recording."""
-        engine, g = self.engine, self.engine.geometry
+        """Decode the next token of every recording."""
+        engine = self.engine
         self.picks.clear()
-        engine.decode(
-            [item.session for item in recordings],
-            [item.next_token for item in recordings if item.next_token is not None],
-        )
-        hidden = [
-            torch.stack([item.session.state.observed(g.csa_layers[csa])[-1] for item in recordings]).cpu()
-            for csa in engine.indexer.target_layers
+        engine.on_picks = self
+        try:
+            engine.decode(
+                [item.session for item in recordings],
+                [token for item in recordings if (token := item.next_token) is not None],
+            )
+        finally:
+            engine.on_picks = None
+        hidden_LBE = torch.cat([hidden_of(engine, item.session, 1) for item in recordings], dim=1)
+        for item, step in zip(recordings, self._steps(hidden_LBE), strict=True):
+            item.steps.append(step)
+
+    def _steps(self, hidden_LBE: torch.Tensor) -> list[Step]:
+        ids_LBK, lightning_LBK, attention_LBK = self._picked(hidden_LBE.shape[1])
+        return [
+            Step(ids_LBK[:, row], lightning_LBK[:, row], attention_LBK[:, row], hidden_LBE[:, row])
+            for row in range(hidden_LBE.shape[1])
         ]
-        hidden_LBE = torch.stack(hidden)
-        ids_LBK, lightning_LBK, attention_LBK = self._picked(len(recordings))
-        for row, item in enumerate(recordings):
-            item.add(Step(ids_LBK[:, row], lightning_LBK[:, row], attention_LBK[:, row], hidden_LBE[:, row]))
 
     def _picked(self, batch: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         layers = self.engine.geometry.csa_layers
@@ -362,6 +375,12 @@ class _Observer:
             lightning.append(lightning_probabilities(picks).cpu())
             attention.append(picks.weights.mean(1).cpu())
         return torch.stack(ids), torch.stack(lightning), torch.stack(attention)
+
+
+def hidden_of(engine: Engine, session: Session, count: int) -> torch.Tensor:
+    """Hidden states [captured layers, at most `count`, E] of the newest tokens, on the CPU."""
+    layers = [engine.geometry.csa_layers[csa] for csa in engine.indexer.target_layers]
+    return torch.stack([session.state.observed(layer)[-count:].cpu() for layer in layers])
 
 
 def lightning_probabilities(picks: Picks) -> torch.Tensor:

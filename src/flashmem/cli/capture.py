@@ -37,9 +37,9 @@ def run(
     observe: Annotated[int, typer.Option(help="Hidden states kept per query.")] = 1,
     queries_per_doc: Annotated[int, typer.Option(help="Queries per document, at most.")] = 32,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens of an answer that a prompt does not give.")] = 256,
-    tail: Annotated[int, typer.Option(help="Last prompt tokens to decode instead of read.")] = 0,
+    tail: Annotated[int, typer.Option(help="Last prompt tokens to watch too.")] = 0,
     vote_layers: Annotated[int, typer.Option(help="Layers that must agree for the published vote.")] = 3,
-    batch: Annotated[int, typer.Option(help="Documents decoded together.")] = 1,
+    batch: Annotated[int, typer.Option(help="Documents decoded together, where the model answers.")] = 1,
     prefill_chunk: Annotated[int, typer.Option(help="Tokens per prefill forward.")] = 512,
     device: Annotated[
         str | None, typer.Option(help="cpu, cuda, cuda:1 ...", show_default="cuda if there is one")
