@@ -1,7 +1,8 @@
 """Runs a backbone over prompts, once, and writes what the Memory Indexer is trained from.
 
 Every document is read by chunked prefill, then its answer is watched with every page resident: read too where it is
-given, decoded where the model answers. Watched tokens show, in each CSA layer, which chunks level 2 picked, their scores and what attention gave them.
+given, decoded where the model answers. Watched tokens show, in each CSA layer, which chunks level 2 picked, their
+scores and what attention gave them.
 Shape letters: B = documents decoded together, T = watched tokens of a document, L = CSA layers, K = picks,
 m = observed tokens, E = hidden size.
 """

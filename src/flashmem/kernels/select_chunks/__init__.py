@@ -21,8 +21,9 @@ if TYPE_CHECKING:
 
 Impl = Literal["reference", "fused"]
 
-SCORE_ELEMENTS = 1 << 19
-"""Float32 elements of per-head scores that one tile may hold: 2 MiB, a CPU core's second-level cache."""
+SCORE_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 26}
+"""Float32 elements of per-head scores that one tile may hold, by kind of device: a CPU core's second-level cache, or
+256 MiB where launches cost more than memory."""
 
 
 def lightning_scores(q_BHI: torch.Tensor, w_BH: torch.Tensor, keys_BNI: torch.Tensor) -> torch.Tensor:
@@ -103,11 +104,12 @@ def topk_history(
     `tiles` yields (first chunk id, keys [N, I]) over the history once; memory is O(S * k + one tile).
     """
     queries, heads, _ = q_SHI.shape
+    elements = SCORE_ELEMENTS[q_SHI.device.type if q_SHI.device.type in SCORE_ELEMENTS else "cuda"]
     best = torch.full((queries, k), torch.iinfo(torch.int64).min, dtype=torch.int64, device=q_SHI.device)
     for first, keys_NI in tiles:
         count = keys_NI.shape[0]
         ids_N = torch.arange(first, first + count, device=q_SHI.device)
-        step = max(1, SCORE_ELEMENTS // (heads * max(1, count)))
+        step = max(1, elements // (heads * max(1, count)))
         for lo in range(0, queries, step):
             hi = min(lo + step, queries)
             scores = lightning_scores_reference(q_SHI[lo:hi], w_SH[lo:hi], keys_NI)

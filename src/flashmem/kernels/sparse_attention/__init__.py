@@ -23,8 +23,10 @@ KeySet = tuple[torch.Tensor, torch.Tensor]
 
 Impl = Literal["reference", "fused"]
 
-LOGIT_ELEMENTS = 1 << 21
-"""Logits and gathered channels that one query tile of a prefill may hold."""
+LOGIT_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 27}
+"""Logits and gathered channels that one query tile of a prefill may hold, by kind of device."""
+QUERY_TILE = {"cpu": 64, "cuda": 512}
+"""Queries of a tile, or the window if that is more: what a tile computes outside its window grows with both."""
 
 
 def attend(q_BHD: torch.Tensor, sets: Sequence[KeySet], sinks_H: torch.Tensor, scale: float) -> torch.Tensor:
@@ -123,7 +125,8 @@ def attend_prefill(
     queries, heads, dim = q_SHD.shape
     first_key = first_query + queries - len(window_kv)
     per_query = heads * (entries_per_query + window) + entries_per_query * dim
-    tile = min(max(1, LOGIT_ELEMENTS // per_query), max(64, window))
+    kind = q_SHD.device.type if q_SHD.device.type in LOGIT_ELEMENTS else "cuda"
+    tile = min(max(1, LOGIT_ELEMENTS[kind] // per_query), max(QUERY_TILE[kind], window))
     out = torch.empty_like(q_SHD)
     for lo in range(0, queries, tile):
         hi = min(lo + tile, queries)
