@@ -480,9 +480,9 @@ PARTS: dict[str, tuple[Callable[[Any], dict[str, Any]], int]] = {
     "copies_under_load": (run_copies_under_load, 120),
     "memory": (run_memory, 120),
     "copy_rates": (run_copy_rates, 90),
-    "tests": (run_tests, 240),
-    "sanitizer_memcheck": (run_memcheck, 240),
-    "sanitizer_racecheck": (run_racecheck, 240),
+    "tests": (run_tests, 400),
+    "sanitizer_memcheck": (run_memcheck, 300),
+    "sanitizer_racecheck": (run_racecheck, 300),
 }
 """Each with the seconds that it may take."""
 
