@@ -60,11 +60,19 @@ def conditions(gates: dict[str, Any], length: int, names: Iterable[str]) -> str:
     """Rows: how mixed documents are read; columns: families."""
     cells = {c["condition"]: c for c in gates["cells"] if c["kind"] == "mixed" and c["length"] == length}
     families = sorted(cells["full"]["families"])
-    rows = []
-    for name in (name for name in names if name in cells):
-        cell = cells[name]
-        rows.append([name, cell_text(cell), *(percent(cell["families"][family]["exact"]) for family in families)])
+    rows = [[name, *mixed_row(cells[name], families)] for name in names if name in cells]
     return table(["entries", "all questions", *families], rows)
+
+
+def beyond(gates: dict[str, Any]) -> str:
+    """Mixed documents of the longest lengths, all entries and top-k."""
+    families = sorted(gates["cells"][0]["families"])
+    rows = [[f"{c['length'] // 1024}K", c["condition"], *mixed_row(c, families)] for c in gates["cells"]]
+    return table(["length", "entries", "all questions", *families], rows)
+
+
+def mixed_row(cell: dict[str, Any], families: Iterable[str]) -> list[str]:
+    return [cell_text(cell), *(percent(cell["families"][family]["exact"]) for family in families)]
 
 
 def crowded(result: dict[str, Any]) -> str:
@@ -146,21 +154,31 @@ def plot(rows: list[dict[str, Any]]) -> None:
     CURVES.write_text("\n".join(line.rstrip() for line in CURVES.read_text().splitlines()) + "\n")
 
 
-def main() -> None:
-    rows = [json.loads(line) for line in LOG.read_text().splitlines()]
+def page(rows: list[dict[str, Any]]) -> str:
+    """The page with its tables made anew; `rows` are the training log's."""
     gates = load("gates-h200.json")
     order = ("full", "top64", "none", "only0", "only1", "only2", "without0", "without1", "without2")
     parts = [
         "### Recall by length\n", by_length(gates),
         "\n### Crowded documents\n", crowded(load("many-16k-cpu.json")),
         "\n### Layers, mixed documents at 16K\n", conditions(gates, 16_384, order),
+        "\n### Beyond 128K, mixed documents\n", beyond(load("gates-long-h100.json")),
         "\n### Top-k\n", topk_change(gates),
         "\n### Stock transformers\n", stock(),
         "\n### The run\n", training(rows),
     ]  # fmt: skip
     text = PAGE.read_text()
     before, after = text[: text.index(BEGIN)], text[text.index(END) :]
-    PAGE.write_text(f"{before}{BEGIN}\n\n" + "\n".join(parts) + f"\n{after}")
+    return f"{before}{BEGIN}\n\n" + "\n".join(parts) + f"\n{after}"
+
+
+def training_log() -> list[dict[str, Any]]:
+    return [json.loads(line) for line in LOG.read_text().splitlines()]
+
+
+def main() -> None:
+    rows = training_log()
+    PAGE.write_text(page(rows))
     plot(rows)
 
 
