@@ -118,7 +118,7 @@ class TestCommand:
             assert question["answers"]["full attention"]["text"] == question["expected"]
 
     def test_settings_differ_in_pages_only(self, done: dict[str, Any]) -> None:
-        assert (done["context_tokens"], done["page_chunks"], done["read_stats"]["tokens"]) == (2048, 8, 2048)
+        assert (done["context_tokens"], done["page_chunks"], done["read_stats"]["tokens"]) == (2048, 4, 2048)
         for question in done["questions"]:
             full, lsa, recency = (question["answers"][name] for name in ("full attention", "LSA", "recency"))
             assert full["stats"]["resident_pages"] == full["stats"]["pages"]
@@ -128,7 +128,7 @@ class TestCommand:
 
     def test_all_pages_are_mirrored_when_read(self, done: dict[str, Any]) -> None:
         stats = done["read_stats"]
-        assert stats["tiers"]["host"]["pages"] == stats["pages"] == 64
+        assert stats["tiers"]["host"]["pages"] == stats["pages"] == 128
 
     def test_exactness(self, done: dict[str, Any]) -> None:
         exact = done["exactness"]
