@@ -2,7 +2,7 @@
 
 python -m benchmarks.demo_report
 
-Only the part of the page between its two markers is replaced. Intervals of one-question documents are Wilson's.
+Only the parts of the page between their markers are replaced. Intervals of one-question documents are Wilson's.
 """
 
 from __future__ import annotations
@@ -21,7 +21,10 @@ from flashmem.training.backbone.gates import wilson
 
 RESULTS, PAGE = ROOT / "results/backbone", ROOT / "docs/models/demo.md"
 CURVES, LOG = ROOT / "docs/models/demo-training.svg", ROOT / "src/flashmem/models/demo/training_log.jsonl"
-BEGIN, END = "<!-- begin results: written by benchmarks/demo_report.py -->", "<!-- end results -->"
+PARTS = ("results", "lsa")
+"""Parts of the page between markers that name them."""
+LSA_RUNS = ("lsa-16k", "lsa-64k")
+POLICIES = ("full", "lsa", "native@match", "carry-over@match", "recency@match", "random@match")
 KINDS = ("single", "multikey", "multivalue", "multiquery", "vt", "ahead", "mixed")
 
 
@@ -154,8 +157,25 @@ def plot(rows: list[dict[str, Any]]) -> None:
     CURVES.write_text("\n".join(line.rstrip() for line in CURVES.read_text().splitlines()) + "\n")
 
 
-def page(rows: list[dict[str, Any]]) -> str:
-    """The page with its tables made anew; `rows` are the training log's."""
+def lsa() -> str:
+    """Rows: task and length; columns: policies at LSA's bytes, and LSA's difference to full attention."""
+    rows = []
+    for name in LSA_RUNS:
+        metrics: dict[str, Any] = json.loads((ROOT / "results" / name / "metrics.json").read_text())
+        cells = {(cell["task"], cell["policy"]): cell for cell in metrics["cells"]}
+        for pair in metrics["comparisons"]:
+            if (pair["policy"], pair["against"]) != ("lsa", "full") or pair["length"] is None:
+                continue
+            task, length = pair["task"], f"{pair['length'] // 1024}K"
+            scores = [percent(cells[task, policy]["score"]) if task else "" for policy in POLICIES]
+            low, high = (f"{100 * value:+.1f}" for value in pair["interval"])
+            difference = f"{100 * pair['difference']:+.1f} ({low} to {high})"
+            rows.append([length, task or "all", f"{pair['pairs']} / {pair['clusters']}", *scores, difference])
+    head = ["length", "task", "questions / documents", *(name.removesuffix("@match") for name in POLICIES)]
+    return table([*head, "LSA - full, points"], rows)
+
+
+def results(rows: list[dict[str, Any]]) -> str:
     gates = load("gates-h200.json")
     order = ("full", "top64", "none", "only0", "only1", "only2", "without0", "without1", "without2")
     parts = [
@@ -167,9 +187,17 @@ def page(rows: list[dict[str, Any]]) -> str:
         "\n### Stock transformers\n", stock(),
         "\n### The run\n", training(rows),
     ]  # fmt: skip
+    return "\n".join(parts)
+
+
+def page(rows: list[dict[str, Any]]) -> str:
+    """The page with its tables made anew; `rows` are the training log's."""
     text = PAGE.read_text()
-    before, after = text[: text.index(BEGIN)], text[text.index(END) :]
-    return f"{before}{BEGIN}\n\n" + "\n".join(parts) + f"\n{after}"
+    for name, made in zip(PARTS, (results(rows), lsa()), strict=True):
+        begin, end = f"<!-- begin {name}: written by benchmarks/demo_report.py -->", f"<!-- end {name} -->"
+        before, after = text[: text.index(begin)], text[text.index(end) :]
+        text = f"{before}{begin}\n\n{made}\n{after}"
+    return text
 
 
 def training_log() -> list[dict[str, Any]]:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from flashmem import Engine, LSAConfig, Session
+from flashmem.types import PageView, Selection
 from support.stock import FixedPages, make_model, tokens
 
 TEXT = tokens(400, seed=5)
@@ -104,6 +105,28 @@ def picked_pages(engine: Engine, session: Session) -> set[int]:
         best = logits.argsort(descending=True)[: engine.geometry.index_topk]
         pages |= set((best // engine.config.page_chunks).tolist())
     return pages
+
+
+def test_what_was_selected_stays_through_an_early_run(model: Any) -> None:
+    even = frozenset(range(0, 14, 2))
+
+    class Changing(FixedPages):
+        """Even pages first, nothing from then on."""
+
+        def select(self, view: PageView) -> Selection:
+            self.pages = frozenset() if self.views else even
+            return super().select(view)
+
+    with engine_of(model, policy=Changing(), tau=16, rescue=True, rescue_interval=4, rescue_recall=1.0) as engine:
+        session = run(engine, 240, 4)
+        picked = picked_pages(engine, session)
+        engine.decode([session], [1])
+        assert session.stats()["early"] == 1 and even - picked
+        assert even | picked <= set(session.pages.resident)
+        session.select_by(rescue=False)
+        for _ in range(16):  # past the boundary in time
+            engine.decode([session], [1])
+        assert not (even - {0}) & set(session.pages.resident)
 
 
 def test_looks_every_interval_and_finds_nothing_wrong_with_everything(model: Any) -> None:

@@ -6,7 +6,8 @@ the boundary.
 
 Rescue (off by default). Widen: when the ceiling cut off pages above threshold, the same scores select again without
 it. Early: every `rescue_interval` steps the target layers' own lightning top-k over the whole history is compared with
-the resident pages; when less than `rescue_recall` of it is resident, level 1 runs at once and its pages join.
+the resident pages; when less than `rescue_recall` of it is resident, level 1 runs at once, and its pages and the missed
+ones join those selected.
 """
 
 from __future__ import annotations
@@ -136,14 +137,16 @@ class Cycle:
         self.pages.cancel_prefetch()
         self.pending = None
 
-    def _select(self, overlap: bool = False, extra: frozenset[int] = frozenset()) -> None:
+    def _select(
+        self, overlap: bool = False, extra: frozenset[int] = frozenset(), stay: frozenset[int] = frozenset()
+    ) -> None:
         view = self._view(self.pages.num_pages, self.pages.num_chunks, self._logits(self.policy.scorer))
         selection = self.policy.select(view)
         if self.config.rescue and selection.truncated:
             selection = self.policy.select(replace(view, widen=True))
             self.stats.widened += 1
-        if extra:
-            selection = replace(selection, pages=tuple(sorted({*selection.pages, *extra})))
+        if extra or stay:
+            selection = replace(selection, pages=tuple(sorted({*selection.pages, *extra, *stay})))
         selection = self._fit(selection, view, extra)
         if not overlap:  # nobody reads between here and the flip: free first, so that one set of slots is enough
             self.due, self.pending = True, None  # a prefetch that fails must not leave a window with pages missing
@@ -203,7 +206,7 @@ class Cycle:
         if hits < self.config.rescue_recall * looks:
             self.stats.early += 1
             self._cancel()
-            self._select(extra=frozenset(picked))
+            self._select(extra=frozenset(picked), stay=frozenset(self.selection.pages))
             self._flip()
 
     def export(self) -> dict[str, object]:
