@@ -137,6 +137,10 @@ class DevicePool:
             if event is not None:
                 event.synchronize()
 
+    def side_stream(self, part: int) -> AbstractContextManager[object]:
+        """Make the copy stream of a part current: what is enqueued then, by a test say, comes before later copies."""
+        return self._sides[part].current()
+
     def record_to_cpu(self, slot: int) -> torch.Tensor:
         """A copy of one slot as a host record, uint8 [record_bytes]."""
         return torch.cat([part[slot].cpu() for part in self.parts])
