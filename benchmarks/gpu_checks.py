@@ -391,7 +391,7 @@ def run_copy_rates(args: Any) -> dict[str, Any]:
         disk_budget_bytes=None,
     )  # fmt: skip
     slots, homes = store.pool.take_for_copy(records, 0), store.host.take(records)
-    rows, pinned = [store.host.row(home) for home in homes], store.host.pinned
+    rows, runs = [store.host.row(home) for home in homes], store.host.runs(slots, homes)
     host = torch.empty(size, dtype=torch.uint8, pin_memory=device.type == "cuda")
     pool = torch.empty(size, dtype=torch.uint8, device=device)
     for index, row in enumerate(rows):
@@ -401,10 +401,10 @@ def run_copy_rates(args: Any) -> dict[str, Any]:
         return common.timed(function, lambda: _synchronize(args.device))
 
     def copy_in() -> None:
-        store.pool.wait_host(store.pool.copy_in(slots, rows))
+        store.pool.wait_host(store.pool.copy_in(runs))
 
     def copy_out() -> None:
-        store.pool.wait_host(store.pool.copy_out(slots, rows, pinned=pinned))
+        store.pool.wait_host(store.pool.copy_out(runs))
 
     cases: dict[str, Callable[[], object]] = {
         "host_to_device": copy_in,
