@@ -28,10 +28,11 @@ from typing import Any
 
 import torch
 
-from benchmarks import common, synthetic
+from benchmarks import common
 from flashmem import Engine, LSAConfig, Session
 from flashmem.accounting import resolve_geometry
 from flashmem.backbone import random_model
+from flashmem.bench import synthetic
 from flashmem.store import PageStore, RecordLayout
 
 TOLERANCE = 1e-4

@@ -12,9 +12,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import common, decode_cost, gpu_checks, gpu_sanitizer_target, prefill, recall, synthetic
+from benchmarks import common, decode_cost, gpu_checks, gpu_sanitizer_target, prefill, recall
 from flashmem import Engine, LSAConfig
 from flashmem.backbone import random_model
+from flashmem.bench import synthetic
 from flashmem.config import KVFormat
 
 
