@@ -1,4 +1,4 @@
-"""How slots and host records are copied: neighbours together, and all of a part in one call where CUDA has such a call.
+"""How slots and host records are copied: neighbours together, and many in one call where CUDA has such a call.
 
 A copy is enqueued on the current stream of the pool's device and never waits; what must come before it is the pool's
 business (`device`).
@@ -15,6 +15,8 @@ from .layout import RecordPart
 
 FIRST_WITH_BATCHES = 12_080
 """First CUDA version (1000 x major + 10 x minor) with cudaMemcpyBatchAsync."""
+BATCH_PIECES = 32
+"""Pieces per call: the first ones are copied while the addresses of the next are put together."""
 
 
 class Run(NamedTuple):
@@ -57,7 +59,7 @@ class LoopedCopies:
 
 
 class BatchedCopies:
-    """One cudaMemcpyBatchAsync for all pinned pieces; the others as in `LoopedCopies`.
+    """Calls of cudaMemcpyBatchAsync for the pinned pieces; the others as in `LoopedCopies`.
 
     `runtime` is `cuda.bindings.runtime`. Copies of a batch have no order among themselves, and need none: slots and
     records occur once. Sources are read in the order of the stream, since an older copy may still write them.
@@ -72,28 +74,28 @@ class BatchedCopies:
         self._others = LoopedCopies()
 
     def to_device(self, part: RecordPart, pool: torch.Tensor, runs: Sequence[Run], stream: int) -> None:
-        device, host, sizes = self._addresses(part, pool, runs)
-        self._enqueue(device, host, sizes, stream)
+        for device, host, sizes in self._batches(part, pool, runs):
+            self._enqueue(device, host, sizes, stream)
         self._others.to_device(part, pool, [run for run in runs if not run.pinned], stream)
 
     def to_host(self, part: RecordPart, pool: torch.Tensor, runs: Sequence[Run], stream: int) -> None:
-        device, host, sizes = self._addresses(part, pool, runs)
-        self._enqueue(host, device, sizes, stream)
+        for device, host, sizes in self._batches(part, pool, runs):
+            self._enqueue(host, device, sizes, stream)
         self._others.to_host(part, pool, [run for run in runs if not run.pinned], stream)
 
-    def _addresses(
+    def _batches(
         self, part: RecordPart, pool: torch.Tensor, runs: Sequence[Run]
-    ) -> tuple[list[int], list[int], list[int]]:
-        """Addresses in the pool and in host memory, and bytes, of all pinned pieces."""
+    ) -> Iterator[tuple[list[int], list[int], list[int]]]:
+        """Addresses in the pool and in host memory, and bytes, of pinned pieces, some at a time."""
         found = list(pieces(part, [run for run in runs if run.pinned]))
         first, size = pool.data_ptr(), part.num_bytes
-        device = [first + run.slot * size for run in found]
-        host = [run.slab.data_ptr() + run.row * run.slab.shape[1] + part.begin for run in found]
-        return device, host, [run.length * size for run in found]
+        for begin in range(0, len(found), BATCH_PIECES):
+            some = found[begin : begin + BATCH_PIECES]
+            device = [first + run.slot * size for run in some]
+            host = [run.slab.data_ptr() + run.row * run.slab.shape[1] + part.begin for run in some]
+            yield device, host, [run.length * size for run in some]
 
     def _enqueue(self, targets: list[int], sources: list[int], sizes: list[int], stream: int) -> None:
-        if not sizes:  # there must be no more attributes than copies
-            return
         error, *_ = self._runtime.cudaMemcpyBatchAsync(
             targets, sources, sizes, len(sizes), [self._attributes], [0], 1, stream
         )
