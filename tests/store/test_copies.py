@@ -119,8 +119,11 @@ def test_records_of_several_parts_go_one_by_one() -> None:
 
 @pytest.mark.parametrize("devices", [(CPU,), (CPU, CPU_TWO)])
 @pytest.mark.parametrize("host_pinned", [True, False])
-def test_batched_copies_give_the_same_bytes(devices: tuple[torch.device, ...], host_pinned: bool) -> None:
-    """Random windows: `check` compares every resident page with its home."""
+def test_batched_copies_give_the_same_bytes(
+    devices: tuple[torch.device, ...], host_pinned: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Random windows in several calls each: `check` compares every resident page with its home."""
+    monkeypatch.setattr(copies, "BATCH_PIECES", 2)
     layout, runtime, draw = make_layout(devices=devices), Runtime(), random.Random(4)
     store = make_store(layout, device_budget_bytes=30 * layout.record_bytes)
     store.host.pinned = host_pinned
