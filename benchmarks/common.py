@@ -1,32 +1,18 @@
-"""What every benchmark needs: where it ran, how it was timed, and its result file.
-
-Result files are written by these programs only. They name no absolute path: paths in the command line are cut to their
-last part.
-"""
+"""What the programs of this folder share beside `flashmem.bench.report`."""
 
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import os
-import platform
-import re
 import resource
-import statistics
-import subprocess
 import sys
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
-
 from flashmem.backbone import random_model
-
-ROOT = Path(__file__).resolve().parent.parent
+from flashmem.bench import report
+from flashmem.bench.report import ROOT, commit, log, machine, spread, timed, without_paths
 
 V4_SHAPED: Mapping[str, Any] = {
     "layers": "WWCHCHC",
@@ -67,71 +53,18 @@ def parser(description: str | None, **defaults: Any) -> argparse.ArgumentParser:
     return result
 
 
-def machine() -> dict[str, Any]:
-    """Hardware, versions, commit and load of this run."""
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return {
-        "cpu": _cpu_name(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "gpus": gpus,
-        "load_average": [round(load, 2) for load in os.getloadavg()],
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "commit": commit(),
-    }
-
-
-def commit() -> str:
-    """The checked-out commit, marked where the sources differ from it; "unknown" outside a checkout."""
-    try:
-        name = _git("rev-parse", "--short=12", "HEAD")
-        changed = _git("status", "--porcelain", "--", "src", "benchmarks")
-    except (FileNotFoundError, subprocess.CalledProcessError):
-        return "unknown"
-    return name + ("+changes" if changed else "")
-
-
 def command_line() -> str:
     """How this program was called, with every absolute path cut to its last part."""
-    program = "python -m benchmarks." + Path(sys.argv[0]).stem
-    return " ".join([program, *(re.sub(r"(^|=)/\S*?([^/\s]+)/?$", r"\1\2", word) for word in sys.argv[1:])])
-
-
-def without_paths(text: str) -> str:
-    """Text with every absolute path cut to its last part."""
-    return re.sub(r"(?<![\w.:/])/(?:[^\s/'\"<>|]+/)+", "", text)
+    return report.command_line(_program())
 
 
 def write_result(path: Path, bench: str, result: Mapping[str, Any], started: Mapping[str, Any]) -> None:
     """Write one JSON object: the bench's name, its command, the machine as it was at the start, and the result."""
-    load = [round(value, 2) for value in os.getloadavg()]
-    rows = {"bench": bench, "command": command_line(), "machine": dict(started), "load_average_at_end": load}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({**rows, **result}, indent=2) + "\n")
-    log(f"wrote {path.name}")
+    report.write_result(path, bench, result, started, program=_program())
 
 
-def log(*words: object) -> None:
-    print(*words, file=sys.stderr, flush=True)
-
-
-def timed(function: Callable[[], object], synchronize: Callable[[], object] = lambda: None) -> float:
-    """Seconds of one call."""
-    synchronize()
-    start = time.perf_counter()
-    function()
-    synchronize()
-    return time.perf_counter() - start
-
-
-def spread(seconds: Sequence[float]) -> dict[str, float]:
-    """Median, quartiles and extremes in milliseconds."""
-    ms = sorted(1e3 * value for value in seconds)
-    quartiles = statistics.quantiles(ms, n=4) if len(ms) > 1 else [ms[0]] * 3
-    names = ("min", "lower_quartile", "median", "upper_quartile", "max")
-    return {name: round(value, 4) for name, value in zip(names, (ms[0], *quartiles, ms[-1]), strict=True)}
+def _program() -> str:
+    return "python -m benchmarks." + Path(sys.argv[0]).stem
 
 
 def wilson(hits: int, count: int, z: float = 1.96) -> tuple[float, float]:
@@ -148,13 +81,20 @@ def peak_rss_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.is_file() and (found := re.search(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE)):
-        return found[1].strip()
-    return platform.processor() or platform.machine()
-
-
-def _git(*words: str) -> str:
-    done = subprocess.run(["git", *words], cwd=ROOT, check=True, capture_output=True, text=True)
-    return done.stdout.strip()
+__all__ = [
+    "ROOT",
+    "V4_SHAPED",
+    "command_line",
+    "commit",
+    "log",
+    "machine",
+    "num_parameters",
+    "parser",
+    "peak_rss_bytes",
+    "spread",
+    "timed",
+    "v4_shaped_model",
+    "wilson",
+    "without_paths",
+    "write_result",
+]

@@ -15,8 +15,9 @@ from typing import Any
 
 import torch
 
-from benchmarks import common, synthetic
+from benchmarks import common
 from flashmem import Engine, LSAConfig, Session
+from flashmem.bench import synthetic
 from flashmem.policy import BudgetPolicy
 
 LIMIT = 1.5

@@ -22,16 +22,17 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks import common, synthetic
+from benchmarks import common
 from flashmem import Engine, LSAConfig, Session
 from flashmem.accounting import resolve_geometry
 from flashmem.backbone import random_model
+from flashmem.bench import synthetic
 from flashmem.store import PageStore, RecordLayout
 
 TOLERANCE = 1e-4
@@ -50,17 +51,17 @@ def run_tests(args: Any) -> dict[str, Any]:
     """The tests that need a CUDA device; files without any are not even collected."""
     files = sorted(path for path in (common.ROOT / "tests").rglob("test_*.py") if "mark.gpu" in path.read_text())
     names = [str(path.relative_to(common.ROOT)) for path in files]
-    command = [sys.executable, "-m", "pytest", "-q", "-rs", "-m", "gpu", "-p", "no:cacheprovider", *names]
-    done = subprocess.run(command, cwd=common.ROOT, capture_output=True, text=True, check=False)
-    lines = done.stdout.strip().splitlines() or [""]
+    command = [sys.executable, "-m", "pytest", "-v", "-rs", "-m", "gpu", "-p", "no:cacheprovider", *names]
+    status, output = run_aloud(command)
+    lines = output.strip().splitlines() or [""]
     counts = {word: int(count) for count, word in re.findall(r"(\d+) (passed|failed|error|skipped)", lines[-1])}
     return {
         "command": " ".join(["python", *command[1:]]),
         "counts": counts,
-        "exit_status": done.returncode,
+        "exit_status": status,
         "failures": [common.without_paths(line) for line in lines if line.startswith(("FAILED", "ERROR", "SKIPPED"))],
-        "tail": [] if done.returncode == 0 else tail(done.stdout + done.stderr),
-        "passed": done.returncode == 0 and counts.get("passed", 0) > 0 and not counts.get("skipped"),
+        "tail": [] if status == 0 else tail(output),
+        "passed": status == 0 and counts.get("passed", 0) > 0 and not counts.get("skipped"),
     }
 
 
@@ -186,6 +187,9 @@ def _difference(a: torch.Tensor | None, b: torch.Tensor) -> float:
 
 LATE_COPIES, LATE_MODEL = 1, 2
 CYCLES = 500_000_000  # about 0.3 seconds, several steps long
+WARM_UP = 3
+"""Windows, a round of turns, in which kernels are loaded: that waits for the device, late copies included."""
+PINNED_SIZES, PINNED_BLOCKS = [2**power for power in range(13)], 32
 
 
 def run_copies_under_load(args: Any) -> dict[str, Any]:
@@ -205,7 +209,8 @@ def run_copies_under_load(args: Any) -> dict[str, Any]:
     ours, twin = engine.session(), engine.session()
     for session in (ours, twin):
         synthetic.fill(engine, session, args.load_tokens, seed=9)
-    plan = _windows(ours.pages.num_pages, args.load_windows, args.window_steps)
+    plan = _windows(ours.pages.num_pages, WARM_UP + args.load_windows, args.window_steps)
+    _allocate_pinned(args.device)
     mine, overlapped = [], 0
     for turn, (wanted, tokens) in enumerate(plan):
         _delay(engine, turn % 3, args.device)
@@ -213,7 +218,7 @@ def run_copies_under_load(args: Any) -> dict[str, Any]:
         mine.append(engine.decode([ours], tokens[:1]))
         if turn % 3 == LATE_COPIES:
             _wait_for_model(args.device)
-            overlapped += _copies_run(ours)
+            overlapped += turn >= WARM_UP and _copies_run(ours)
         mine += [engine.decode([ours], [token]) for token in tokens[1:]]
         ours.pages.flip()  # at once: the next step must wait for the copies by itself
         if turn % 5 == 4:
@@ -233,11 +238,12 @@ def run_copies_under_load(args: Any) -> dict[str, Any]:
     largest = max(differences) if all(value == value for value in differences) else float("nan")
     traffic, record, same = ours.pages.traffic, engine.layout.record_bytes, ours.pages.resident == twin.pages.resident
     engine.close()
-    late = len(range(LATE_COPIES, args.load_windows, 3))
+    late = len(range(WARM_UP + LATE_COPIES, WARM_UP + args.load_windows, 3))
     return {
         "tokens": args.load_tokens,
         "record_bytes": record,
         "windows": args.load_windows,
+        "windows_of_warmth": WARM_UP,
         "steps_per_window": args.window_steps,
         "pages_copied_in": traffic.pages_to_device,
         "bytes_copied_in": traffic.bytes_to_device,
@@ -247,6 +253,13 @@ def run_copies_under_load(args: Any) -> dict[str, Any]:
         "largest_difference_to_twin": largest if largest == largest else "NaN: an unused slot was read",
         "passed": same and largest <= TOLERANCE and (torch.device(args.device).type == "cpu" or overlapped == late),
     }
+
+
+def _allocate_pinned(device: str) -> None:
+    """Let torch keep pinned blocks for the indices of many steps: allocating one waits for the whole device."""
+    if torch.device(device).type == "cuda":
+        blocks = [torch.empty(size, dtype=torch.int64).pin_memory() for size in PINNED_SIZES * PINNED_BLOCKS]
+        del blocks
 
 
 def _windows(pages: int, windows: int, steps: int) -> list[tuple[list[int], list[int]]]:
@@ -268,7 +281,7 @@ def _delay(engine: Engine, which: int, device: str) -> None:
     if torch.device(device).type != "cuda":
         return
     if which == LATE_COPIES:
-        with engine.store.pool._sides[0].current():
+        with engine.store.pool.side_stream(0):
             torch.cuda._sleep(CYCLES)
     elif which == LATE_MODEL:
         torch.cuda._sleep(CYCLES)
@@ -379,7 +392,7 @@ def run_copy_rates(args: Any) -> dict[str, Any]:
         disk_budget_bytes=None,
     )  # fmt: skip
     slots, homes = store.pool.take_for_copy(records, 0), store.host.take(records)
-    rows, pinned = [store.host.row(home) for home in homes], store.host.pinned
+    rows, runs = [store.host.row(home) for home in homes], store.host.runs(slots, homes)
     host = torch.empty(size, dtype=torch.uint8, pin_memory=device.type == "cuda")
     pool = torch.empty(size, dtype=torch.uint8, device=device)
     for index, row in enumerate(rows):
@@ -389,10 +402,10 @@ def run_copy_rates(args: Any) -> dict[str, Any]:
         return common.timed(function, lambda: _synchronize(args.device))
 
     def copy_in() -> None:
-        store.pool.wait_host(store.pool.copy_in(slots, rows))
+        store.pool.wait_host(store.pool.copy_in(runs))
 
     def copy_out() -> None:
-        store.pool.wait_host(store.pool.copy_out(slots, rows, pinned=pinned))
+        store.pool.wait_host(store.pool.copy_out(runs))
 
     cases: dict[str, Callable[[], object]] = {
         "host_to_device": copy_in,
@@ -440,36 +453,30 @@ def _synchronize(device: str) -> None:
 # ---- compute-sanitizer
 
 
-def run_memcheck(args: Any) -> dict[str, Any]:
-    """Reads and writes outside of allocations. Without torch's caching, so that every tensor is an allocation."""
-    return _sanitize("memcheck", {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, args.sanitizer_steps)
+def sanitize(tool: str, part: str) -> Callable[[Any], dict[str, Any]]:
+    """Run one part of the target under one tool: memcheck sees reads and writes outside of allocations, racecheck
+    hazards in shared memory."""
+    # without torch's caching every tensor is an allocation of its own
+    environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if tool == "memcheck" else {}
+    words = ["--tool", tool, "--error-exitcode", "9", "python", "-m", "benchmarks.gpu_sanitizer_target", part]
 
+    def run(args: Any) -> dict[str, Any]:
+        found = next((path for name in SANITIZER if (path := shutil.which(name))), None)
+        result = {"command": " ".join(["compute-sanitizer", *words]), "environment": environment}
+        if found is None:
+            return {**result, "why": "compute-sanitizer is not installed", "passed": False}
+        command = [found, *(sys.executable if word == "python" else word for word in words)]
+        status, output = run_aloud(command, environment)
+        return {
+            **result,
+            "exit_status": status,
+            "summary": [line.strip("= ") for line in output.splitlines() if "SUMMARY" in line],
+            "progress": [line.strip() for line in output.splitlines() if re.match(r"\s*\d+\.\d\d s  ", line)],
+            "tail": [] if status == 0 else tail(output),
+            "passed": status == 0 and re.search(r"SUMMARY: 0 (errors|hazards)", output) is not None,
+        }
 
-def run_racecheck(args: Any) -> dict[str, Any]:
-    """Hazards in shared memory."""
-    return _sanitize("racecheck", {}, args.sanitizer_steps)
-
-
-def _sanitize(tool: str, environment: dict[str, str], steps: int) -> dict[str, Any]:
-    found = next((path for name in SANITIZER if (path := shutil.which(name))), None)
-    words = ["--tool", tool, "--error-exitcode", "9", "python", "-m", "benchmarks.gpu_sanitizer_target"]
-    words += ["--steps", str(steps)]
-    result = {"command": " ".join(["compute-sanitizer", *words]), "environment": environment}
-    if found is None:
-        return {**result, "why": "compute-sanitizer is not installed", "passed": False}
-    words[words.index("python")] = sys.executable
-    done = subprocess.run(
-        [found, *words], cwd=common.ROOT, capture_output=True, text=True, check=False, env=os.environ | environment
-    )
-    output = done.stdout + done.stderr
-    return {
-        **result,
-        "exit_status": done.returncode,
-        "summary": [line.strip("= ") for line in output.splitlines() if "SUMMARY" in line],
-        "swapped": [line for line in output.splitlines() if "pages copied to the device" in line],
-        "tail": [] if done.returncode == 0 else tail(output),
-        "passed": done.returncode == 0 and re.search(r"SUMMARY: 0 (errors|hazards)", output) is not None,
-    }
+    return run
 
 
 # ---- the run
@@ -481,8 +488,10 @@ PARTS: dict[str, tuple[Callable[[Any], dict[str, Any]], int]] = {
     "memory": (run_memory, 120),
     "copy_rates": (run_copy_rates, 90),
     "tests": (run_tests, 400),
-    "sanitizer_memcheck": (run_memcheck, 300),
-    "sanitizer_racecheck": (run_racecheck, 300),
+    "memcheck_store": (sanitize("memcheck", "store"), 150),
+    "racecheck_store": (sanitize("racecheck", "store"), 150),
+    "memcheck_decode": (sanitize("memcheck", "decode"), 150),
+    "racecheck_decode": (sanitize("racecheck", "decode"), 150),
 }
 """Each with the seconds that it may take."""
 
@@ -492,27 +501,45 @@ def tail(output: str, lines: int = 25) -> list[str]:
     return [common.without_paths(line) for line in output.strip().splitlines()[-lines:]]
 
 
+def run_aloud(command: list[str], environment: Mapping[str, str] | None = None) -> tuple[int, str]:
+    """Run a program; returns its status and output. Lines are passed on as they come: whoever kills us keeps them."""
+    process = subprocess.Popen(
+        command, cwd=common.ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env=os.environ | {"PYTHONUNBUFFERED": "1"} | (environment or {}),
+    )  # fmt: skip
+    assert process.stdout is not None
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        print(line, end="", flush=True)
+    return process.wait(), "".join(lines)
+
+
 def run_alone(name: str, seconds: float) -> dict[str, Any]:
     """Run one part in a process of its own; whatever becomes of it is a result."""
-    started = time.monotonic()
     with tempfile.TemporaryDirectory() as directory:
         out = Path(directory) / "part.json"
         command = [sys.executable, "-m", "benchmarks.gpu_checks", *sys.argv[1:], "--alone", name, "--out", str(out)]
-        process = subprocess.Popen(
-            command, cwd=common.ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-            start_new_session=True,
-        )  # fmt: skip
-        try:
-            output, _ = process.communicate(timeout=max(1.0, seconds))
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)  # pytest and compute-sanitizer have children of their own
-            output, _ = process.communicate()
-            result = {"passed": False, "why": f"it took more than {seconds:.0f} s", "tail": tail(output)}
+        return run_process(command, out, seconds)
+
+
+def run_process(command: list[str], out: Path, seconds: float) -> dict[str, Any]:
+    """Run a program that writes its result to `out`; where it does not, the result says why, with its last lines."""
+    started = time.monotonic()
+    process = subprocess.Popen(
+        command, cwd=common.ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+    try:
+        output, _ = process.communicate(timeout=max(1.0, seconds))
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)  # pytest and compute-sanitizer have children of their own
+        output, _ = process.communicate()
+        result = {"passed": False, "why": f"it took more than {seconds:.0f} s", "tail": tail(output)}
+    else:
+        if out.is_file():
+            result = json.loads(out.read_text())
         else:
-            if out.is_file():
-                result = json.loads(out.read_text())
-            else:
-                result = {"passed": False, "why": f"it ended with status {process.returncode}", "tail": tail(output)}
+            result = {"passed": False, "why": f"it ended with status {process.returncode}", "tail": tail(output)}
     return result | {"seconds": round(time.monotonic() - started, 1)}
 
 
@@ -529,7 +556,6 @@ def main() -> int:
     parser.add_argument("--memory-tokens", type=int, default=16_384)
     parser.add_argument("--records", type=int, default=384)
     parser.add_argument("--copy-rounds", type=int, default=20)
-    parser.add_argument("--sanitizer-steps", type=int, default=14)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.alone:

@@ -401,6 +401,7 @@ class Session:
             "bytes_moved": traffic.bytes_to_device,
             "bytes_to_host": traffic.bytes_to_host,
             "bytes_to_disk": traffic.bytes_to_disk,
+            "page_copies": self.pages.store.pool.copies.name,
             "misses": cycle.misses,
             "looks": cycle.looks,
             "fallbacks": cycle.fallbacks,

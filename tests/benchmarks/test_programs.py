@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from itertools import pairwise
 from pathlib import Path
@@ -11,9 +12,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import common, decode_cost, gpu_checks, gpu_sanitizer_target, prefill, recall, synthetic
+from benchmarks import common, decode_cost, gpu_checks, gpu_sanitizer_target, prefill, recall
 from flashmem import Engine, LSAConfig
 from flashmem.backbone import random_model
+from flashmem.bench import synthetic
+from flashmem.config import KVFormat
 
 
 def test_synthetic_history_is_a_session_like_others() -> None:
@@ -100,5 +103,27 @@ def test_races_of_a_top_k_are_seen() -> None:
     assert gpu_checks.closest_race(model, text) == 0
 
 
-def test_sanitizer_target_swaps_pages() -> None:
-    assert gpu_sanitizer_target.run("cpu", "auto", steps=8) > 0
+@pytest.mark.parametrize("kv_format", ["fp32", "fp8"])
+def test_sanitizer_target_swaps_pages_of_a_store(kv_format: KVFormat) -> None:
+    assert gpu_sanitizer_target.run_store("cpu", kv_format) > 0
+
+
+def test_sanitizer_target_swaps_pages_of_an_engine() -> None:
+    assert gpu_sanitizer_target.run_decode("cpu", "fp8", steps=9) > 0
+
+
+def test_the_store_part_of_the_sanitizer_target_is_without_transformers() -> None:
+    words = ["benchmarks.gpu_sanitizer_target", "store", "--device", "cpu", "--kv-formats", "fp32"]
+    code = f"import runpy, sys; sys.argv = {words}; runpy.run_module({words[0]!r}, run_name='__main__')"
+    code += "; print('transformers' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=common.ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "False" and "pages copied to the device" in done.stdout
+
+
+@pytest.mark.slow
+def test_a_part_that_is_killed_keeps_what_its_program_said(tmp_path: Path) -> None:
+    """The output of a program within a part is passed on while it comes."""
+    code = "import sys; from benchmarks.gpu_checks import run_aloud; run_aloud([sys.executable, '-c', sys.argv[1]])"
+    says = "import time; print('half way'); time.sleep(60)"
+    result = gpu_checks.run_process([sys.executable, "-c", code, says], tmp_path / "none.json", seconds=20)
+    assert not result["passed"] and "more than" in result["why"] and result["tail"] == ["half way"]

@@ -14,7 +14,7 @@ import pytest
 import torch
 from store_cases import CSA_LAYERS, Chunks, append, make_layout, make_store, random_chunks
 
-from flashmem.store import PageStore, SessionPages
+from flashmem.store import PageStore, SessionPages, copies, device
 from flashmem.store.device import _SideStream
 from flashmem.store.host import _pin, _unpin
 
@@ -23,9 +23,18 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA"),
 ]
 
+# where CUDA copies batches, everything is tried without them too
+COPIES = ["one by one"] if copies._batching_runtime() is None else ["batched", "one by one"]
 PAGE = 64
 CYCLES = 2_000_000  # about a millisecond
 LONG = 100_000_000  # about 60 milliseconds
+
+
+@pytest.fixture(autouse=True, params=COPIES)
+def kind_of_copies(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    if request.param == "one by one":
+        monkeypatch.setattr(device, "best_copies", lambda devices: copies.LoopedCopies())
+    return str(request.param)
 
 
 def slow_side_streams(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,6 +186,53 @@ def test_growth_waits_for_copies_into_the_old_pool(monkeypatch: pytest.MonkeyPat
     session.reserve(20 * PAGE)
     session.flip()
     session.rollback()
+    assert torch.equal(read_page(session, [0, 1]).cpu(), chunks.kv[1])
+
+
+def test_the_kind_of_copies_is_told(kind_of_copies: str) -> None:
+    store = make_cuda_store(1)
+    assert store.pool.copies.name == kind_of_copies
+    store.close()
+
+
+@pytest.mark.parametrize("count", [1, 7, 60])
+def test_both_kinds_of_copies_give_the_same_bytes(count: int) -> None:
+    """Runs of every length between scattered slots and records, both ways, into memory that held other bytes."""
+    draw, layout = random.Random(count), make_layout(devices=(torch.device("cuda", 0),), page_chunks=PAGE)
+    store = make_store(layout, device_budget_bytes=100 * layout.record_bytes, poison=False)
+    slots, homes = store.pool.take_for_copy(100, 0), store.host.take(100)
+    taken = [sorted(draw.sample(range(100), count)) for _ in range(2)]
+    runs = store.host.runs([slots[i] for i in taken[0]], [homes[i] for i in taken[1]])
+    for home in homes:
+        store.host.row(home).random_(generator=torch.Generator().manual_seed(home))
+    before = [store.host.row(home).clone() for home in homes]
+    store.pool.parts[0].fill_(7)
+    store.pool.wait_host(store.pool._now())
+    store.pool.wait(store.pool.copy_in(runs))
+    torch.cuda.synchronize()
+    source = dict(zip(taken[0], taken[1], strict=True))
+    for slot in range(100):
+        wanted = before[source[slot]] if slot in source else torch.full_like(before[0], 7)
+        assert torch.equal(store.pool.record_to_cpu(slots[slot]), wanted)
+    for home in homes:
+        store.host.row(home).zero_()
+    store.pool.wait_host(store.pool.copy_out(runs))
+    for record in range(100):
+        wanted = before[record] if record in taken[1] else torch.zeros_like(before[0])
+        assert torch.equal(store.host.row(homes[record]), wanted)
+    store.close()
+
+
+def test_a_batch_does_not_make_the_host_wait() -> None:
+    """Copies behind a pause are enqueued and not done; the same page copied out and in again is read in order."""
+    warm_up()
+    store = make_cuda_store(4)
+    session, chunks = two_pages_at_home(store)
+    with store.pool.side_stream(0):
+        torch.cuda._sleep(LONG)
+    session.prefetch([0, 1])
+    assert session._pending is not None and not session._pending.ticket[0].query()
+    session.flip()
     assert torch.equal(read_page(session, [0, 1]).cpu(), chunks.kv[1])
 
 

@@ -6,6 +6,6 @@ Pages are read and written through the protocols of `types`; this folder does no
 from .adapter import Backbone, LSAAttention
 from .load import load_model
 from .state import SessionState, StatePool
-from .twin import random_model
+from .twin import random_model, skeleton_model
 
-__all__ = ["Backbone", "LSAAttention", "SessionState", "StatePool", "load_model", "random_model"]
+__all__ = ["Backbone", "LSAAttention", "SessionState", "StatePool", "load_model", "random_model", "skeleton_model"]

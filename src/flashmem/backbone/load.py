@@ -25,7 +25,7 @@ def load_model(
     """
     if device is not None and device_map is not None:
         raise ValueError("give device or device_map, not both")
-    place = _device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    place = find_device(device)
     local = Path(name)
     if local.exists() or not _HUB_NAME.fullmatch(str(name)):
         if not (local / "config.json").is_file():
@@ -48,7 +48,9 @@ def load_model(
     return model, _tokenizer(name)
 
 
-def _device(name: str | torch.device) -> torch.device:
+def find_device(name: str | torch.device | None) -> torch.device:
+    """A device that is there, CUDA if there is one by default; raises ValueError for any other."""
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
     except RuntimeError as error:

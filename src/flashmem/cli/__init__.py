@@ -9,7 +9,7 @@ import sys
 
 import typer
 
-from . import ask, calibrate, capture, chat, demo, eval, generate, inspect, kv, read, train
+from . import ask, bench, calibrate, capture, chat, demo, eval, generate, inspect, kv, read, train
 from .errors import ReportingGroup
 
 app = typer.Typer(
@@ -20,7 +20,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
-for module in (demo, read, ask, chat, generate, kv, inspect, capture, train, calibrate, eval):
+for module in (demo, read, ask, chat, generate, kv, inspect, capture, train, calibrate, eval, bench):
     module.add_command(app)
 
 

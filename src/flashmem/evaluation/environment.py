@@ -25,7 +25,7 @@ def environment(engine: Engine) -> dict[str, Any]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "device": engine.backbone.input_device.type,
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "gpus": gpus if engine.backbone.input_device.type == "cuda" else [],
         "threads": torch.get_num_threads(),
     }
@@ -49,11 +49,12 @@ def tokenizer_digest(tokenizer: Any) -> str | None:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """The processor's model, as the system calls it."""
     info = Path("/proc/cpuinfo")
     if info.is_file() and (found := re.search(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE)):
         return found[1].strip()
     return platform.processor() or platform.machine()
 
 
-__all__ = ["code_digest", "environment", "tokenizer_digest"]
+__all__ = ["code_digest", "cpu_name", "environment", "tokenizer_digest"]

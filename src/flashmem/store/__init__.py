@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .batch import DecodeBatch
+from .copies import Run
 from .device import DevicePool
 from .disk import DiskTier, MappedRecords
 from .history import History
@@ -23,5 +24,6 @@ __all__ = [
     "RecordPart",
     "Records",
     "Region",
+    "Run",
     "SessionPages",
 ]

@@ -12,8 +12,8 @@ On CPU devices copies are immediate and tickets empty. Methods must be called fr
 
 from __future__ import annotations
 
+import heapq
 import os
-from collections import deque
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
@@ -21,6 +21,7 @@ import torch
 
 from flashmem.types import BudgetError
 
+from .copies import Copies, Run, best_copies
 from .layout import RecordLayout
 
 POISON = 0xFF
@@ -34,7 +35,8 @@ class DevicePool:
     """One uint8 tensor [slots, part_bytes] per device; a record has the same slot number on all of them.
 
     With a budget the pool has exactly floor(budget / record_bytes) slots from the start; without one it grows, by
-    reallocation. `poison` fills slots with NaN bytes whenever they are taken or given back (for tests).
+    reallocation. Slots are handed out lowest first, so that neighbouring records often go to neighbouring slots.
+    `poison` fills slots with NaN bytes whenever they are taken or given back (for tests).
     """
 
     def __init__(self, layout: RecordLayout, budget_bytes: int | None, *, poison: bool = False) -> None:
@@ -46,7 +48,8 @@ class DevicePool:
             raise BudgetError("device", layout.record_bytes, budget_bytes)
         self.parts = [self._new_part(slots, index) for index in range(len(layout.parts))]
         self.owner_of: dict[int, int] = {}
-        self._free = deque(range(slots))
+        self.copies: Copies = best_copies(layout.devices)
+        self._free = list(range(slots))  # a heap
         self._busy: dict[int, Ticket] = {}  # free slots and the copies that may still use them
         self._sides = [_SideStream(device) for device in layout.devices]
         self._given_back: Ticket = self._now()
@@ -97,21 +100,21 @@ class DevicePool:
             self.wait(copies)
             self._fill(slots, POISON)
         self._busy.update(dict.fromkeys(slots, copies))
-        self._free.extend(slots)
+        for slot in slots:
+            heapq.heappush(self._free, slot)
         self.wait(self._given_back)  # chains the marks, in case two compute streams give slots back
         self._given_back = self._now()
 
-    def copy_in(self, slots: Sequence[int], records: Sequence[torch.Tensor]) -> Ticket:
+    def copy_in(self, runs: Sequence[Run]) -> Ticket:
         """Enqueue copies of host records into slots on the side streams; the ticket says when they are done."""
         for side, event in zip(self._sides, self._given_back, strict=True):
             side.wait(event)
         for part, pool, side in zip(self.layout.parts, self.parts, self._sides, strict=True):
             with side.current():
-                for slot, record in zip(slots, records, strict=True):
-                    pool[slot].copy_(record[part.begin : part.end], non_blocking=True)
+                self.copies.to_device(part, pool, runs, side.handle)
         return tuple(side.now() for side in self._sides)
 
-    def copy_out(self, slots: Sequence[int], records: Sequence[torch.Tensor], *, pinned: bool) -> Ticket:
+    def copy_out(self, runs: Sequence[Run]) -> Ticket:
         """Copy slots into host records on the side streams, after what the compute streams hold now.
 
         Copies to memory that is not pinned are done when this returns.
@@ -120,8 +123,7 @@ class DevicePool:
             side.wait(event)
         for part, pool, side in zip(self.layout.parts, self.parts, self._sides, strict=True):
             with side.current():
-                for slot, record in zip(slots, records, strict=True):
-                    record[part.begin : part.end].copy_(pool[slot], non_blocking=pinned)
+                self.copies.to_host(part, pool, runs, side.handle)
         self.copied_out = tuple(side.now() for side in self._sides)
         return self.copied_out
 
@@ -137,6 +139,10 @@ class DevicePool:
             if event is not None:
                 event.synchronize()
 
+    def side_stream(self, part: int) -> AbstractContextManager[object]:
+        """Make the copy stream of a part current: what is enqueued then, by a test say, comes before later copies."""
+        return self._sides[part].current()
+
     def record_to_cpu(self, slot: int) -> torch.Tensor:
         """A copy of one slot as a host record, uint8 [record_bytes]."""
         return torch.cat([part[slot].cpu() for part in self.parts])
@@ -146,7 +152,7 @@ class DevicePool:
         for side in self._sides:
             side.synchronize()
         self.parts = [part.new_empty((0, part.shape[1])) for part in self.parts]
-        self.owner_of, self._free, self._busy = {}, deque(), {}
+        self.owner_of, self._free, self._busy = {}, [], {}
 
     def check(self) -> None:
         """Raise if a slot is lost or held twice, or the budget is exceeded."""
@@ -167,7 +173,7 @@ class DevicePool:
                 size = self.layout.record_bytes
                 raise BudgetError("device", count * size, len(self._free) * size)
             self._grow(count - len(self._free))
-        slots = [self._free.popleft() for _ in range(count)]
+        slots = [heapq.heappop(self._free) for _ in range(count)]
         self.owner_of.update(dict.fromkeys(slots, owner))
         return slots
 
@@ -180,7 +186,7 @@ class DevicePool:
         for old, new in zip(self.parts, grown, strict=True):
             new[:before].copy_(old)
         self.parts = grown
-        self._free.extend(range(before, after))
+        self._free.extend(range(before, after))  # still a heap: these are larger than all others
         self._given_back = self._now()  # copies into the new allocation come after the move
 
     def _new_part(self, slots: int, index: int) -> torch.Tensor:
@@ -215,6 +221,11 @@ class _SideStream:
 
     def current(self) -> AbstractContextManager[object]:
         return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
+
+    @property
+    def handle(self) -> int:
+        """CUDA's name of the stream."""
+        return 0 if self._stream is None else self._stream.cuda_stream
 
     def wait(self, event: torch.cuda.Event | None) -> None:
         if event is not None and self._stream is not None:

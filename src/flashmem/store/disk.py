@@ -7,7 +7,7 @@ import mmap
 import os
 import tempfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -94,9 +94,12 @@ class MappedRecords(Records):
         self._verify(record)
         return super().row(record)
 
-    def read(self, region: Region, records_N: torch.Tensor, offsets_N: torch.Tensor | None = None) -> torch.Tensor:
-        for record in records_N.unique().tolist():
+    def verify(self, records: Iterable[int]) -> None:
+        for record in records:
             self._verify(record)
+
+    def read(self, region: Region, records_N: torch.Tensor, offsets_N: torch.Tensor | None = None) -> torch.Tensor:
+        self.verify(records_N.unique().tolist())
         return super().read(region, records_N, offsets_N)
 
     def _verify(self, record: int) -> None:

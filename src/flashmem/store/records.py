@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import heapq
 from bisect import bisect_right
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 
 from flashmem.kernels.kv_codec import get_planar, get_planar_pages
 from flashmem.types import BudgetError
 
+from .copies import Run
 from .layout import Region
 
 
@@ -34,6 +35,15 @@ class Records:
         """One record, uint8 [record_bytes], a view."""
         slab = bisect_right(self._starts, record) - 1
         return self.slabs[slab][record - self._starts[slab]]
+
+    def verify(self, records: Iterable[int]) -> None:
+        """Raise DamagedError if one of these records is damaged, for tiers that can tell."""
+
+    def runs(self, slots: Sequence[int], records: Sequence[int]) -> list[Run]:
+        """What to copy between slots and records, pair by pair."""
+        return [
+            Run(slot, self.row(record).unsqueeze(0), 0, 1, False) for slot, record in zip(slots, records, strict=True)
+        ]
 
     def read(self, region: Region, records_N: torch.Tensor, offsets_N: torch.Tensor | None = None) -> torch.Tensor:
         """Rows [N, E] of single chunks, or [N, C, E] of whole pages without offsets; ids are int64 on the CPU."""
@@ -73,6 +83,11 @@ class StackedRecords(Records):
         source, first = self._source(record < self._count)
         return source.row(record - first)
 
+    def verify(self, records: Iterable[int]) -> None:
+        for record in records:
+            source, first = self._source(record < self._count)
+            source.verify([record - first])
+
     def read(self, region: Region, records_N: torch.Tensor, offsets_N: torch.Tensor | None = None) -> torch.Tensor:
         below_N = records_N < self._count
         pieces = []
@@ -95,6 +110,8 @@ class RecordStore(Records):
     """Records that can be taken and given back within a budget; subclasses say where new bytes come from."""
 
     tier: str
+    pinned = False
+    """Whether a device can copy from and to these records by itself."""
 
     def __init__(self, record_bytes: int, budget_bytes: int | None) -> None:
         super().__init__(record_bytes)
@@ -136,6 +153,24 @@ class RecordStore(Records):
         for record in records:
             self._used.remove(record)
             heapq.heappush(self._free, record)
+
+    def runs(self, slots: Sequence[int], records: Sequence[int]) -> list[Run]:
+        """What to copy between slots and records; pairs that follow each other in slots and in a slab are one run."""
+        made: list[Run] = []
+        begin = end = first = last = -1  # the slab at hand: its first record and the one after its last
+        slab = None
+        for slot, record in zip(slots, records, strict=True):
+            if made and slot == last + 1 and record == first + made[-1].length and record < end:
+                made[-1] = made[-1]._replace(length=made[-1].length + 1)
+            else:
+                if slab is None or not begin <= record < end:
+                    index = bisect_right(self._starts, record) - 1
+                    slab, begin = self.slabs[index], self._starts[index]
+                    end = begin + slab.shape[0]
+                made.append(Run(slot, slab, record - begin, 1, self.pinned))
+                first = record
+            last = slot
+        return made
 
     def close(self) -> None:
         self.slabs, self._starts, self._free, self._used = [], [], [], set()

@@ -21,6 +21,7 @@ from flashmem.kernels.kv_codec import encode_rows, put_planar
 from flashmem.types import BudgetError, TierBytes, Traffic, check_sorted_unique
 
 from .batch import DecodeBatch
+from .copies import Run
 from .device import DevicePool, Ticket
 from .disk import DiskTier
 from .history import History
@@ -366,10 +367,13 @@ class SessionPages:
         if self._complete < self.num_pages and self._complete not in wanted:
             raise ValueError(f"the page being filled, {self._complete}, must stay resident")
         missing = [page for page in wanted if self._slots[page] < 0]
-        records = [self._home_record(page) for page in missing]
-        slots = self.store.pool.take_for_copy(len(missing), self.owner)
-        ticket = self.store.pool.copy_in(slots, records)
-        self._pending = _Prefetch(wanted, dict(zip(missing, slots, strict=True)), ticket, self._complete)
+        by_tier = self._by_tier(missing)
+        for tier, pages in by_tier.items():
+            self.tier(tier).verify(self._record_of(page) for page in pages)
+        slots = dict(zip(missing, self.store.pool.take_for_copy(len(missing), self.owner), strict=True))
+        runs = [run for tier, pages in by_tier.items() for run in self._runs(tier, pages, slots)]
+        ticket = self.store.pool.copy_in(runs)
+        self._pending = _Prefetch(wanted, slots, ticket, self._complete)
         self._count_to_device(len(missing))
 
     def flip(self) -> None:
@@ -441,9 +445,10 @@ class SessionPages:
             expected = (num_chunks, layout.index_row_bytes)
             if layer not in index_rows or tuple(index_rows[layer].shape) != expected:
                 raise ValueError(f"index rows of layer {layer} must be {list(expected)}")
-        tail = [mapped.row(page) for page in range(complete, num_pages)]
+        tail = range(complete, num_pages)
+        mapped.verify(tail)
         slots = self.store.pool.take_for_copy(len(tail), self.owner)
-        self.store.pool.wait(self.store.pool.copy_in(slots, tail))
+        self.store.pool.wait(self.store.pool.copy_in(mapped.runs(slots, tail)))
         self._grow_rows(num_chunks)
         for layer in layout.target_layers:
             self._index_rows[layer][:num_chunks] = index_rows[layer]
@@ -563,19 +568,31 @@ class SessionPages:
         assert home is not None, f"page {page} has no home"
         return self.tier(home.tier).row(home.record)
 
-    def _copy_home(self, pages: Iterable[int]) -> None:
-        """Copy complete pages to their homes."""
+    def _record_of(self, page: int) -> int:
+        home = self._homes[page]
+        assert home is not None, f"page {page} has no home"
+        return home.record
+
+    def _by_tier(self, pages: Iterable[int]) -> dict[int, list[int]]:
+        """Complete pages by the tier of their homes."""
         by_tier: dict[int, list[int]] = {}
         for page in pages:
             home = self._homes[page]
             assert home is not None, f"page {page} has no home"
             by_tier.setdefault(home.tier, []).append(page)
+        return by_tier
+
+    def _runs(self, tier: int, pages: Sequence[int], slots: Mapping[int, int] | Sequence[int]) -> list[Run]:
+        """What to copy between the homes of pages and their slots, given by page."""
+        return self.tier(tier).runs([slots[page] for page in pages], [self._record_of(page) for page in pages])
+
+    def _copy_home(self, pages: Iterable[int]) -> None:
+        """Copy complete pages to their homes."""
         host, size = self.store.host, self.store.layout.record_bytes
-        for tier, group in by_tier.items():
+        for tier, group in self._by_tier(pages).items():
             if tier == HOST and not host.writer:
                 continue
-            slots, records = [self._slots[page] for page in group], [self._home_record(page) for page in group]
-            self.store.pool.copy_out(slots, records, pinned=tier == HOST and host.pinned)
+            self.store.pool.copy_out(self._runs(tier, group, self._slots))
             if tier == HOST:
                 self.traffic.pages_to_host += len(group)
                 self.traffic.bytes_to_host += len(group) * size

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 
 import torch
 
-from flashmem.kernels.index_rows import SCALE_BYTES, encode_index_rows
-from flashmem.kernels.kv_codec import KVFormatSpec, PlanarForm, encode_rows, put_planar
-from flashmem.kernels.paged import PagedRows, index_row_form
-from flashmem.kernels.score_chunks.fused import Tiles as ScoreTiles
-from flashmem.kernels.sparse_attention import EntrySource
-from flashmem.kernels.sparse_attention.fused import Tiles as AttendTiles
+from ..kernels.index_rows import SCALE_BYTES, encode_index_rows
+from ..kernels.kv_codec import KVFormatSpec, PlanarForm, encode_rows, put_planar
+from ..kernels.paged import PagedRows, index_row_form
+from ..kernels.score_chunks.fused import Tiles as ScoreTiles
+from ..kernels.sparse_attention import EntrySource
+from ..kernels.sparse_attention.fused import Tiles as AttendTiles
 
 PAGE_CHUNKS = 64
 RECORD_BYTES = 938_304

@@ -7,22 +7,24 @@ from __future__ import annotations
 
 import torch
 
-from flashmem import Engine, Session
-from flashmem.kernels.kv_codec import encode_rows
+from ..engine import Engine, Session
+from ..kernels.kv_codec import encode_rows
 
 
 @torch.no_grad()
 def fill(engine: Engine, session: Session, tokens: int, *, seed: int = 0) -> None:
     """Give an empty session `tokens` tokens of random history, then run level 1.
 
-    Pages go through the store as in a prefill, so homes, index rows, evictions and budgets are the real ones.
+    Pages go through the store as in a prefill, so homes, index rows, evictions and budgets are the real ones. Values
+    are drawn where the layers are: the same seed gives the same ones on the same kind of device.
     """
     g = engine.geometry
-    generator = torch.Generator().manual_seed(seed)
+    draws: dict[torch.device, torch.Generator] = {}
 
     def random(*shape: int, layer: int) -> torch.Tensor:
-        values = torch.randn(*shape, generator=generator)
-        return values.to(engine.backbone.device_of_layer[layer], engine.backbone.dtype)
+        device = engine.backbone.device_of_layer[layer]
+        draw = draws.setdefault(device, torch.Generator(device).manual_seed(seed))
+        return torch.randn(*shape, generator=draw, device=device).to(engine.backbone.dtype)
 
     total, at_a_time = tokens // g.csa_ratio, max(1, engine.config.prefill_chunk // g.csa_ratio)
     session.cycle.admit(total)
@@ -40,5 +42,8 @@ def fill(engine: Engine, session: Session, tokens: int, *, seed: int = 0) -> Non
         entries_ND = random(tokens // g.hca_ratio, g.head_dim, layer=layer)
         entries.put(0, encode_rows(engine.states.hca_format, entries_ND))
     session.state.position = tokens
-    session.ids = torch.randint(0, g.vocab_size, (tokens,), generator=generator).tolist()
+    session.ids = torch.randint(0, g.vocab_size, (tokens,), generator=torch.Generator().manual_seed(seed)).tolist()
     session.cycle.settle()
+
+
+__all__ = ["fill"]

@@ -1,0 +1,155 @@
+"""Write docs/performance.md from the results of `flashmem bench`: JSON files, whichever are there.
+
+python -m benchmarks.performance_page results benchmarks/results
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common import ROOT, log
+
+PAGE = ROOT / "docs" / "performance.md"
+Row = Mapping[str, Any]
+HEAD = """# Performance
+
+Made by `python -m benchmarks.performance_page` from files that `flashmem bench` wrote; nothing here is typed. How to
+measure, and what the columns mean: [Measuring](guides/bench.md).
+"""
+NOTHING = "Not measured yet: there is no result file.\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folders", nargs="*", type=Path, default=[ROOT / "results", ROOT / "benchmarks" / "results"])
+    parser.add_argument("--out", type=Path, default=PAGE)
+    args = parser.parse_args()
+    args.out.write_text(page(args.folders), encoding="utf-8")
+    log(f"wrote {args.out.name}")
+
+
+def page(folders: Sequence[Path]) -> str:
+    """The whole page; a section for every result file, in the order of names."""
+    sections = [section for path in _files(folders) for section in _section(path)]
+    return "\n".join([HEAD, *(sections or [NOTHING])])
+
+
+def _files(folders: Sequence[Path]) -> list[Path]:
+    return sorted((path for folder in folders for path in folder.glob("*.json")), key=lambda path: path.name)
+
+
+def _section(path: Path) -> Iterator[str]:
+    """Nothing for a file of another program."""
+    result = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(result, dict) or not str(result.get("command", "")).startswith("flashmem bench"):
+        return
+    if (tables := TABLES.get(str(result.get("bench")))) is None:
+        return
+    machine = result["machine"]
+    where = ", ".join(machine["gpus"]) if result.get("device", "cuda") != "cpu" and machine["gpus"] else machine["cpu"]
+    yield f"## {tables.title} ({path.name})\n"
+    yield f"`{result['command']}` on {where}; torch {machine['torch']}, commit {machine['commit']}.\n"
+    yield from tables.text(result)
+    yield _markdown(tables.columns, result["rows"])
+
+
+def _markdown(columns: Mapping[str, Callable[[Row], str]], rows: Sequence[Row]) -> str:
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    lines += ["| " + " | ".join(cell(row) for cell in columns.values()) + " |" for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+class Tables:
+    """How the result of one bench is shown."""
+
+    def __init__(
+        self, title: str, text: Callable[[Row], Iterator[str]], columns: Mapping[str, Callable[[Row], str]]
+    ) -> None:
+        self.title, self.text, self.columns = title, text, columns
+
+
+def _of_pages(result: Row) -> Iterator[str]:
+    yield (
+        f"{result['resident_pages']:,} of {result['pages']:,} pages of {result['record_bytes']:,} bytes on the device; "
+        f"copies {result['page_copies']}; medians of {result['rounds']} swaps, bytes checked before.\n"
+    )
+
+
+def _of_skeleton(result: Row) -> Iterator[str]:
+    model, memory = result["model"], result["memory"]
+    yield (
+        f"A skeleton: {model['layers']} layers with **{model['experts']} of {model['experts_of_the_real_model']} "
+        f"experts**, random weights, synthetic history. {model['kv_format']} records, {model['dtype']} weights of "
+        f"{memory['weight_bytes'] / 2**30:.1f} GiB, {memory['kv_device_budget_bytes'] / 2**30:.1f} GiB of the device "
+        f"for KV. LSA keeps {model['keep']:.1%} of the pages and replaces {model['churn']:.0%} of these in every "
+        f"window of {model['tau']} steps.\n"
+    )
+
+
+def _known(name: str, form: str) -> Callable[[Row], str]:
+    """A number of a row, or a dash where the row has none."""
+    return lambda row: format(row[name], form) if row.get(name) is not None else "-"
+
+
+def _of(name: str, key: str, form: str) -> Callable[[Row], str]:
+    return lambda row: format(row[name][key], form) if key in row.get(name, {}) else "-"
+
+
+TABLES: Mapping[str, Tables] = {
+    "swap": Tables(
+        "Page swaps", _of_pages,
+        {
+            "to": lambda row: {"in": "device", "out": "host"}[row["direction"]],
+            "churn": _known("churn", ".0%"),
+            "pages": _known("pages", ","),
+            "swap, GB/s": _of("gb_per_s", "swap", ".1f"),
+            "one by one": _of("gb_per_s", "one_by_one", ".1f"),
+            "gather and copy": _of("gb_per_s", "gather_and_copy", ".1f"),
+            "one pinned copy": _of("gb_per_s", "peak", ".1f"),
+            "swap / one copy": _known("peak_ratio", ".1%"),
+        },
+    ),
+    "decode": Tables(
+        "Decode steps", _of_skeleton,
+        {
+            "context": _known("context", ","),
+            "mode": lambda row: row["mode"],
+            "batch": _known("batch", ","),
+            "step inside a window, ms": _of("step_ms", "median", ".2f"),
+            "mean over windows, ms": _known("mean_step_ms", ".2f"),
+            "tokens/s": _known("tokens_per_second", ".1f"),
+            "LSA / full": _known("mean_step_time_ratio", ".2f"),
+            "": lambda row: row.get("failed", ""),
+        },
+    ),
+    "capacity": Tables(
+        "Capacity", _of_skeleton,
+        {
+            "context": _known("context", ","),
+            "mode": lambda row: row["mode"],
+            "sessions that fit": _known("sessions_fit", ","),
+            "opened": _known("batch", ","),
+            "tokens/s": _known("tokens_per_second", ".1f"),
+            "sessions, LSA / full": _known("sessions_ratio", ".2f"),
+            "throughput, LSA / full": _known("throughput_ratio", ".2f"),
+            "": lambda row: row.get("failed", ""),
+        },
+    ),
+    "kernels": Tables(
+        "Operations without fused kernels", lambda result: iter(()),
+        {
+            "operation": lambda row: row["operation"],
+            "chunks": _known("chunks", ","),
+            "ms": _of("milliseconds", "median", ".3f"),
+            "GB/s": _known("gb_per_s", ".2f"),
+        },
+    ),
+}  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

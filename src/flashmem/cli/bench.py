@@ -1,0 +1,405 @@
+"""`flashmem bench`: page swaps, decode steps, capacity and kernels, measured here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from ..accounting import resolve_geometry
+from ..config import KVFormat
+from .errors import ReportingGroup
+from .options import Json
+from .output import answer, answer_json, log
+from .sizes import format_bytes, parse_bytes, parse_tokens
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..bench.skeleton import Skeleton
+
+app = typer.Typer(cls=ReportingGroup, help="Measure page swaps, decode steps, capacity and kernels.")
+
+Model = Annotated[str, typer.Option(help="Geometry: deepseek-v4-flash, deepseek-v4-pro, a directory or a config.json.")]
+Device = Annotated[str | None, typer.Option(help="Where to measure, e.g. cuda:0.", show_default="CUDA if there is one")]
+Out = Annotated[Path | None, typer.Option(help="Result file, JSON.", show_default="none")]
+Peers = Annotated[
+    list[str] | None, typer.Option("--peer", help="Another system to run if it is installed; repeatable.")
+]
+Experts = Annotated[int, typer.Option(help="Experts a layer, of 256 in V4-Flash: as many as fit.")]
+Contexts = Annotated[str, typer.Option(help="Tokens of history, with commas.")]
+Dtype = Annotated[Literal["bfloat16", "float32"], typer.Option(help="The model's dtype.")]
+Format = Annotated[KVFormat, typer.Option("--format", help="Format of the records.")]
+Keep = Annotated[float, typer.Option(help="Share of pages that LSA keeps on the device.")]
+Churn = Annotated[float, typer.Option(help="Share of them that every window replaces.")]
+Tau = Annotated[int, typer.Option(help="Decode steps per window.")]
+Lead = Annotated[int, typer.Option(help="Steps before its window that a swap begins: 0 waits, more needs more slots.")]
+PageChunks = Annotated[int, typer.Option(help="Chunks of 4 tokens per page.")]
+Windows = Annotated[int, typer.Option(help="Windows to measure, after one for warmth.", min=1)]
+KVBudget = Annotated[
+    str | None, typer.Option(help="Bytes of the device for KV, e.g. 40GiB.", show_default="0.7 of what weights leave")
+]
+HostBudget = Annotated[
+    str | None, typer.Option(help="Bytes of main memory for mirrors.", show_default="0.8 of what is free")
+]
+
+
+def add_command(parent: typer.Typer) -> None:
+    app.command("kernels")(kernels)
+    app.command("swap")(swap)
+    app.command("decode")(decode)
+    app.command("capacity")(capacity)
+    parent.add_typer(app, name="bench")
+
+
+def kernels(
+    device: Device = None,
+    out: Out = None,
+    directory: Annotated[
+        Path | None, typer.Option(help="On CUDA: where rows.jsonl goes, row by row.", show_default="none")
+    ] = None,
+    seconds: Annotated[float, typer.Option(help="On CUDA: start nothing new after this long.")] = 540,
+    jobs: Annotated[int, typer.Option(help="On CUDA: processes that compile ahead; 0 compiles as needed.")] = 12,
+    parts: Annotated[str | None, typer.Option(help="On CUDA: parts, with commas.", show_default="all")] = None,
+    chunks: Annotated[str, typer.Option(help="Without CUDA: sizes, with commas.")] = "4096,16384",
+    rounds: Annotated[int, typer.Option(help="Without CUDA: calls that are timed.", min=1)] = 7,
+    json: Json = False,
+) -> None:
+    """Check every kernel against float64, then time it: fused ones and their peers on CUDA, definitions elsewhere.
+
+    On CUDA it compiles, checks and times for minutes, and writes its rows to DIRECTORY as they come.
+
+    Example: `flashmem bench kernels --directory results/gpu_kernels`
+    """
+    where = _device(device)
+    if where.type == "cuda":
+        from ..bench import kernels as fused  # triton is behind it
+
+        if directory is None:
+            raise ValueError("on CUDA, give --directory: rows are written there as they come")
+        names = list(fused.PARTS) if parts is None else parts.split(",")
+        if unknown := sorted(set(names) - fused.PARTS.keys()):
+            raise ValueError(f"no part {unknown[0]!r}; parts are {', '.join(fused.PARTS)}")
+        failed = fused.run(directory, seconds=seconds, jobs=jobs, parts=names, program="flashmem", on_line=answer)
+        if failed:
+            raise typer.Exit(1)
+        return
+    from ..bench import definitions
+
+    sizes = [parse_tokens(size) for size in chunks.split(",")]
+    if bad := [size for size in sizes if size < 64 or size % 64]:
+        raise ValueError(f"chunks must be multiples of 64, got {bad[0]}")
+    _run(
+        "kernels", out, json, lambda: {"rows": definitions.run(device=where, chunks=sizes, rounds=rounds)},
+        lambda result: [
+            _table(
+                "definitions (no fused kernels on this device)", result["rows"],
+                {
+                    "operation": lambda row: row["operation"],
+                    "chunks": lambda row: f"{row['chunks']:,}",
+                    "ms": lambda row: f"{row['milliseconds']['median']:.3f}",
+                    "GB/s": lambda row: f"{row['gb_per_s']:.2f}",
+                },
+            )
+        ],
+    )  # fmt: skip
+
+
+def swap(
+    model: Model = "deepseek-v4-flash",
+    context: Annotated[str, typer.Option(help="Tokens of the session whose pages are swapped.")] = "1M",
+    keep: Keep = 0.1,
+    churn: Annotated[str, typer.Option(help="Shares of the resident pages, with commas.")] = "0.05,0.1,0.25,0.5,1",
+    kv_format: Format = "fp8",
+    page_chunks: PageChunks = 64,
+    rounds: Annotated[int, typer.Option(help="Swaps that are timed.", min=1)] = 20,
+    device: Device = None,
+    peer: Peers = None,
+    out: Out = None,
+    json: Json = False,
+) -> None:
+    """Swap pages between mirror and pool, beside one pinned copy of as many bytes and a gather on the CPU.
+
+    Bytes are checked first. The mirror of 1M tokens takes 3.6 GiB of main memory.
+
+    Example: `flashmem bench swap --context 256K --churn 0.1,1`
+    """
+    from ..bench import swap as bench
+
+    where = _device(device)
+    churns = [float(share) for share in churn.split(",")]
+    if bad := [share for share in churns if not 0 < share <= 1]:
+        raise ValueError(f"churn must lie in (0, 1], got {bad[0]}")
+    case = bench.SwapCase(
+        geometry=resolve_geometry(model), context_tokens=parse_tokens(context), keep=keep, kv_format=kv_format,
+        page_chunks=page_chunks,
+    )  # fmt: skip
+    peers = _peers(peer)
+    _run(
+        "swap", out, json, lambda: {"peers": peers, **bench.run(case, device=where, churns=churns, rounds=rounds)},
+        lambda result: [
+            _table(
+                f"{result['resident_pages']:,} of {result['pages']:,} pages of {result['record_bytes']:,} bytes on the "
+                f"device, {where}, copies {result['page_copies']}", result["rows"],
+                {
+                    "to": lambda row: "device" if row["direction"] == "in" else "host",
+                    "churn": lambda row: f"{row['churn']:.0%}",
+                    "pages": lambda row: f"{row['pages']:,}",
+                    "swap GB/s": lambda row: f"{row['gb_per_s']['swap']:.1f}",
+                    "one by one": lambda row: f"{row['gb_per_s']['one_by_one']:.1f}",
+                    "gather": lambda row: f"{row['gb_per_s'].get('gather_and_copy', '')}",
+                    "one copy": lambda row: f"{row['gb_per_s']['peak']:.1f}",
+                    "of one copy": lambda row: f"{row['peak_ratio']:.1%}",
+                },
+            )
+        ],
+    )  # fmt: skip
+
+
+def decode(
+    model: Model = "deepseek-v4-flash",
+    experts: Experts = 8,
+    context: Contexts = "256K,512K,1M",
+    batch: Annotated[str, typer.Option(help="Sessions in a batch, with commas.")] = "1,2,4,8",
+    windows: Windows = 2,
+    keep: Keep = 0.1,
+    churn: Churn = 0.1,
+    tau: Tau = 64,
+    lead: Lead = 0,
+    kv_format: Format = "fp8",
+    page_chunks: PageChunks = 64,
+    dtype: Dtype = "bfloat16",
+    kv_budget: KVBudget = None,
+    host_budget: HostBudget = None,
+    device: Device = None,
+    peer: Peers = None,
+    out: Out = None,
+    json: Json = False,
+) -> None:
+    """Time decode steps of full residency and LSA on a skeleton of the model, inside windows and over whole ones.
+
+    The skeleton has the true geometry, random weights and few experts; histories are synthetic.
+
+    Example: `flashmem bench decode --experts 8 --context 256K --batch 1,8`
+    """
+    from ..bench import decode as bench
+
+    made = _skeleton(
+        model, experts=experts, keep=keep, churn=churn, tau=tau, lead=lead, kv_format=kv_format,
+        page_chunks=page_chunks, dtype=dtype, device=device,
+    )  # fmt: skip
+    budgets = _budgets(made, kv_budget, host_budget)
+    contexts, batches = _sizes(context), _sizes(batch)
+
+    def measured() -> dict[str, Any]:
+        rows = bench.run_decode(made, contexts=contexts, batches=batches, windows=windows, **budgets)
+        return {
+            "peers": _peers(peer),
+            **_about(made, contexts, budgets, (windows + 1) * tau * len(batches)),
+            "rows": rows,
+        }
+
+    _run("decode", out, json, measured, lambda result: [_steps_table(result)])
+
+
+def capacity(
+    model: Model = "deepseek-v4-flash",
+    experts: Experts = 8,
+    context: Contexts = "256K,512K,1M",
+    windows: Windows = 1,
+    max_sessions: Annotated[int, typer.Option(help="Open no more than this, however many fit.", min=1)] = 64,
+    keep: Keep = 0.1,
+    churn: Churn = 0.1,
+    tau: Tau = 64,
+    lead: Lead = 0,
+    kv_format: Format = "fp8",
+    page_chunks: PageChunks = 64,
+    dtype: Dtype = "bfloat16",
+    kv_budget: KVBudget = None,
+    host_budget: HostBudget = None,
+    plan: Annotated[bool, typer.Option("--plan", help="Only the memory arithmetic: nothing is built or run.")] = False,
+    device: Device = None,
+    peer: Peers = None,
+    out: Out = None,
+    json: Json = False,
+) -> None:
+    """Count the sessions that fit into the same bytes with full residency and with LSA, and decode all of them.
+
+    Example: `flashmem bench capacity --kv-budget 40GiB --plan`
+    """
+    from ..bench import decode as bench
+
+    made = _skeleton(
+        model, experts=experts, keep=keep, churn=churn, tau=tau, lead=lead, kv_format=kv_format,
+        page_chunks=page_chunks, dtype=dtype, device=device,
+    )  # fmt: skip
+    budgets, contexts = _budgets(made, kv_budget, host_budget), _sizes(context)
+    about = {"peers": _peers(peer), **_about(made, contexts, budgets, (windows + 1) * tau)}
+    if plan:
+        _run("capacity_plan", out, json, lambda: about, lambda result: [_plan_table(result)])
+        return
+
+    def measured() -> dict[str, Any]:
+        rows = bench.run_capacity(made, contexts=contexts, windows=windows, max_sessions=max_sessions, **budgets)
+        return {**about, "rows": rows}
+
+    _run("capacity", out, json, measured, lambda result: [_plan_table(result), _capacity_table(result)])
+
+
+# ---- settings
+
+
+def _device(name: str | None) -> torch.device:
+    from ..backbone.load import find_device  # torch: after the arguments are parsed
+
+    return find_device(name)
+
+
+def _sizes(text: str) -> list[int]:
+    sizes = [parse_tokens(size) for size in text.split(",")]
+    if bad := [size for size in sizes if size < 1]:
+        raise ValueError(f"sizes must be at least 1, got {bad[0]}")
+    return sizes
+
+
+def _skeleton(model: str, *, dtype: str, device: str | None, **settings: Any) -> Skeleton:
+    import torch
+
+    from ..bench.skeleton import Skeleton
+
+    where, geometry = _device(device), resolve_geometry(model)
+    return Skeleton(geometry=geometry, dtype=getattr(torch, dtype), device=where, **settings)
+
+
+def _budgets(skeleton: Skeleton, kv_budget: str | None, host_budget: str | None) -> dict[str, int]:
+    from ..bench.skeleton import default_budgets
+
+    device, host = default_budgets(skeleton)
+    return {
+        "device_budget_bytes": device if kv_budget is None else parse_bytes(kv_budget),
+        "host_budget_bytes": host if host_budget is None else parse_bytes(host_budget),
+    }
+
+
+def _about(skeleton: Skeleton, contexts: Sequence[int], budgets: Mapping[str, int], steps: int) -> dict[str, Any]:
+    from ..bench.skeleton import describe, plan
+
+    return {"model": describe(skeleton), "memory": plan(skeleton, list(contexts), steps, **budgets)}
+
+
+def _peers(names: Sequence[str] | None) -> dict[str, str]:
+    """What became of every peer that was asked for."""
+    from ..bench.peers import state
+
+    found = {name: state(name) for name in names or ()}
+    for name, what in found.items():
+        log(f"{name}: {what}")
+    return found
+
+
+# ---- results
+
+
+def _run(
+    name: str,
+    out: Path | None,
+    json: bool,
+    measure: Callable[[], dict[str, Any]],
+    tables: Callable[[dict[str, Any]], list[Table]],
+) -> None:
+    """Measure, print and save."""
+    from ..bench import report
+
+    started = report.machine()
+    result = measure()
+    if json:
+        answer_json(result)
+    else:
+        console = Console(highlight=False)
+        for table in tables(result):
+            console.print(table)
+    if out is not None:
+        report.write_result(out, name, result, started, program="flashmem")
+
+
+Columns = Mapping[str, Callable[[dict[str, Any]], str]]
+
+
+def _table(title: str, rows: Sequence[dict[str, Any]], columns: Columns) -> Table:
+    table = Table(title=title, title_justify="left")
+    for index, name in enumerate(columns):
+        table.add_column(name, justify="left" if index == 0 else "right")
+    for row in rows:
+        table.add_row(*(cell(row) for cell in columns.values()))
+    return table
+
+
+def _title(result: Mapping[str, Any]) -> str:
+    model = result["model"]
+    return (
+        f"{model['layers']} layers with {model['experts']} of {model['experts_of_the_real_model']} experts, random "
+        f"weights, synthetic history; {model['kv_format']} records, LSA keeps {model['keep']:.1%}"
+    )
+
+
+def _steps_table(result: dict[str, Any]) -> Table:
+    def measured(show: Callable[[dict[str, Any]], str]) -> Callable[[dict[str, Any]], str]:
+        return lambda row: "" if "failed" in row else show(row)
+
+    return _table(
+        _title(result), result["rows"],
+        {
+            "context": lambda row: f"{row['context']:,}",
+            "mode": lambda row: row["mode"],
+            "batch": lambda row: str(row["batch"]),
+            "step ms": measured(lambda row: f"{row['step_ms']['median']:.2f}"),
+            "with swaps": measured(lambda row: f"{row['mean_step_ms']:.2f}"),
+            "tokens/s": measured(lambda row: f"{row['tokens_per_second']:.1f}"),
+            "pages moved": measured(lambda row: f"{row['pages_moved_per_window']:.0f}"),
+            "of full": lambda row: f"{ratio:.2f}" if (ratio := row.get("mean_step_time_ratio")) is not None else "",
+            "": lambda row: row.get("failed", ""),
+        },
+    )  # fmt: skip
+
+
+def _plan_table(result: dict[str, Any]) -> Table:
+    memory = result["memory"]
+    return _table(
+        f"{_title(result)}\nweights {format_bytes(memory['weight_bytes'])}, for KV on the device "
+        f"{format_bytes(memory['kv_device_budget_bytes'])}, for mirrors {format_bytes(memory['host_budget_bytes'])}",
+        memory["rows"],
+        {
+            "context": lambda row: f"{row['context_tokens']:,}",
+            "mode": lambda row: row["mode"],
+            "pages": lambda row: f"{row['selected_pages']:,} of {row['pages']:,}",
+            "device bytes a session": lambda row: format_bytes(row["device_bytes"]),
+            "host": lambda row: format_bytes(row["host_bytes"]),
+            "sessions that fit": lambda row: f"{row['sessions_fit']:,}",
+        },
+    )  # fmt: skip
+
+
+def _capacity_table(result: dict[str, Any]) -> Table:
+    def ratio(name: str) -> Callable[[dict[str, Any]], str]:
+        return lambda row: f"{row[name]:.2f}" if name in row else ""
+
+    return _table(
+        _title(result), result["rows"],
+        {
+            "context": lambda row: f"{row['context']:,}",
+            "mode": lambda row: row["mode"],
+            "fit": lambda row: f"{row['sessions_fit']:,}",
+            "opened": lambda row: str(row["batch"]),
+            "tokens/s": lambda row: f"{row['tokens_per_second']:.1f}" if "tokens_per_second" in row else "",
+            "sessions ratio": ratio("sessions_ratio"),
+            "throughput ratio": ratio("throughput_ratio"),
+            "": lambda row: row.get("failed", "" if row["all_opened"] else "not all that fit were opened"),
+        },
+    )  # fmt: skip
+
+
+__all__ = ["add_command"]

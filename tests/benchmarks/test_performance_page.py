@@ -1,0 +1,41 @@
+"""The page of numbers is made of result files, and says so where there are none."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from benchmarks.common import ROOT
+
+from bench.bench_cases import small_geometry, small_skeleton
+from benchmarks import performance_page
+from flashmem.bench import decode, report, swap
+from flashmem.bench.skeleton import describe, plan
+
+
+def test_without_results_it_says_so(tmp_path: Path) -> None:
+    (tmp_path / "other.json").write_text(json.dumps({"bench": "prefill", "command": "python -m benchmarks.prefill"}))
+    assert performance_page.NOTHING in performance_page.page([tmp_path, tmp_path / "missing"])
+
+
+def test_results_become_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = swap.SwapCase(geometry=small_geometry(), context_tokens=2048, page_chunks=16)
+    swaps = swap.run(case, device=torch.device("cpu"), churns=(1.0,), rounds=1)
+    skeleton, budgets = small_skeleton(), {"device_budget_bytes": 8 << 20, "host_budget_bytes": 1 << 30}
+    rows = decode.run_capacity(skeleton, contexts=[256], windows=1, max_sessions=1, **budgets)
+    about = {"model": describe(skeleton), "memory": plan(skeleton, [256], 8, *budgets.values())}
+    for name, result in (("swap", swaps), ("capacity", {**about, "rows": rows})):
+        monkeypatch.setattr(sys, "argv", ["flashmem", "bench", name])
+        report.write_result(tmp_path / f"{name}.json", name, result, report.machine(), program="flashmem")
+    text = performance_page.page([tmp_path])
+    assert "## Capacity (capacity.json)" in text and "**2 of 8 experts**" in text
+    assert "## Page swaps (swap.json)" in text and "`flashmem bench swap`" in text
+    assert f"{swaps['rows'][0]['peak_ratio']:.1%}" in text and performance_page.NOTHING not in text
+
+
+def test_the_page_in_the_repository_is_the_one_made() -> None:
+    folders = [ROOT / "results", ROOT / "benchmarks" / "results"]
+    assert performance_page.PAGE.read_text() == performance_page.page(folders)

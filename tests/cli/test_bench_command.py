@@ -1,0 +1,67 @@
+"""flashmem bench: tables for people, JSON for programs, and bad input."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from bench.bench_cases import small_config
+from cli.conftest import Run
+
+SMALL = ("--page-chunks", "4", "--device", "cpu")
+
+
+def test_swap_prints_and_saves(run: Run, tmp_path: Path) -> None:
+    out, config = tmp_path / "swap.json", small_config(tmp_path)
+    words = ["bench", "swap", "--model", config, "--context", "4K", "--churn", "0.5", "--rounds", "2", *SMALL]
+    result = run(*words, "--out", out, "--peer", "tilelang")
+    assert result.exit_code == 0 and "one by one" in result.stdout and "50%" in result.stdout
+    saved = json.loads(out.read_text())
+    assert saved["bench"] == "swap" and {"commit", "cpu", "gpus"} <= saved["machine"].keys()
+    assert saved["peers"].keys() == {"tilelang"} and len(saved["rows"]) == 2
+    printed = json.loads(run(*words, "--json").stdout)
+    assert printed["rows"][0]["pages"] == saved["rows"][0]["pages"]
+
+
+@pytest.mark.parametrize("command", ["decode", "capacity"])
+def test_skeletons_run_small(run: Run, tmp_path: Path, command: str) -> None:
+    words = ["bench", command, "--model", small_config(tmp_path), "--experts", "2", "--context", "512"]
+    words += ["--windows", "1", "--tau", "4", "--dtype", "float32", "--kv-budget", "3MB", *SMALL]
+    words += ["--batch", "1,500"] if command == "decode" else ["--max-sessions", "1"]
+    result = run(*words)
+    assert result.exit_code == 0 and "2 of 8 experts" in result.stdout and "random" in result.stdout
+    values = json.loads(run(*words, "--json").stdout)
+    assert {row["mode"] for row in values["rows"]} == {"full", "lsa"}
+    assert values["model"]["experts_of_the_real_model"] == 8 and values["memory"]["weight_bytes"] > 0
+
+
+def test_a_plan_runs_nothing(run: Run) -> None:
+    words = ["bench", "capacity", "--plan", "--kv-budget", "30GiB", "--host-budget", "200GiB", "--device", "cpu"]
+    values = json.loads(run(*words, "--json").stdout)
+    assert "rows" not in values and len(values["memory"]["rows"]) == 6
+    assert "8 of 256" in run(*words).stdout
+
+
+def test_kernels_without_cuda_are_the_definitions(run: Run) -> None:
+    result = run("bench", "kernels", "--device", "cpu", "--chunks", "64", "--rounds", "1")
+    assert result.exit_code == 0 and "definitions" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("swap", "--churn", "0"), "churn must lie in (0, 1]"),
+        (("swap", "--churn", "x"), "could not convert"),
+        (("swap", "--peer", "nobody"), "no peer 'nobody'"),
+        (("swap", "--device", "cuda:99"), "cuda:99"),
+        (("kernels", "--device", "cpu", "--chunks", "65"), "multiples of 64"),
+        (("capacity", "--experts", "300", "--plan", "--device", "cpu"), "experts must lie in 1..256"),
+        (("decode", "--batch", "0", "--device", "cpu"), "at least 1"),
+        (("decode", "--kv-budget", "much", "--device", "cpu"), "is not a size"),
+    ],
+)
+def test_bad_input_is_one_line(run: Run, words: tuple[str, ...], message: str) -> None:
+    result = run("bench", *words)
+    assert result.exit_code == 2 and message in result.stderr and len(result.stderr.strip().splitlines()) == 1
