@@ -4,8 +4,9 @@ The pool is as full as a session of the given context leaves it; every round rep
 slots, by pages at random places of the mirror. Times are of the whole swap as the host sees it: slots are taken, copies
 are found and enqueued, and waited for. Bytes are checked before anything is timed.
 
-`one_by_one` is the store without batches. Where the store has none anyway (`page_copies` says so, and it is so on a
-CPU), it is the same code as `swap`: what the two differ by is then what this measurement cannot see.
+`swap` uses batched copies where CUDA has them, `one_by_one` is the store as it is. Where there are no batches
+(`page_copies` says so, and it is so on a CPU), both are the same code: what they differ by is then what this
+measurement cannot see.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import torch
 from ..accounting.bytes import kept_pages
 from ..config import KVFormat, ModelGeometry
 from ..store import PageStore, RecordLayout, Run
-from ..store.copies import Copies, LoopedCopies
+from ..store.copies import Copies, LoopedCopies, best_copies
 from . import report
 
 CHURNS = (0.05, 0.1, 0.25, 0.5, 1.0)
@@ -92,6 +93,7 @@ class _Swaps:
             layout, dtype=torch.bfloat16, device_budget_bytes=case.resident_pages * layout.record_bytes,
             host_budget_bytes=case.num_pages * layout.record_bytes, disk_path=None, disk_budget_bytes=None,
         )  # fmt: skip
+        self.store.pool.copies = best_copies([device])
         self.pinned = self.store.host.pinned
         self.homes = self.store.host.take(case.num_pages)
         self.slots = self.store.pool.take(case.resident_pages, 0)
