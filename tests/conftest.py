@@ -17,14 +17,17 @@ settings.register_profile("thorough", deadline=None, max_examples=1000)
 settings.load_profile("fixed")
 
 
+if not torch.cuda.is_available():
+    # read when triton is imported, which conftests below this one may do: kernels then run on the CPU, in numpy
+    os.environ["TRITON_INTERPRET"] = "1"
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--trial-model", metavar="DIR", help="model directory for tests marked `trial`")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)
-    if not torch.cuda.is_available():
-        os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported: kernels then run on the CPU, in numpy
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from .backbone.fused import FusedStep
 from .backbone.steps import BatchPrefillStep, DecodeStep
 from .config import LSAConfig
 from .engine import Engine, Session
@@ -47,7 +48,7 @@ class LSACache(Cache):
         super().__init__(layers=[_Layer(self) for _ in range(engine.geometry.num_layers)])
         self.engine = engine
         self.sessions: list[Session] = []
-        self.step: BatchPrefillStep | DecodeStep | None = None
+        self.step: BatchPrefillStep | DecodeStep | FusedStep | None = None
         self.unfinished = False
         """True from `begin` to `end`: still true at the next `begin` if a forward failed."""
 
@@ -116,11 +117,11 @@ class LSACache(Cache):
 
     def end(self, ids_BS: torch.Tensor) -> None:
         """Make a finished forward permanent."""
-        if isinstance(self.step, DecodeStep):
-            self.engine._end_decode(self.sessions, self.step)
-        elif self.step is not None:
+        if isinstance(self.step, BatchPrefillStep):
             for session, step in zip(self.sessions, self.step.steps, strict=True):
                 self.engine._end_prefill(session, step)
+        elif self.step is not None:
+            self.engine._end_decode(self.sessions, self.step)
         for session, ids in zip(self.sessions, ids_BS.tolist(), strict=True):
             session.ids += ids
         self.step, self.unfinished = None, False

@@ -275,6 +275,10 @@ class LSAConfig:
     """Directory of the disk tier; None means no disk tier."""
     prefill_chunk: int = 512
     """Tokens per prefill forward."""
+    kernels: Literal["reference", "fused"] = "reference"
+    """What a decode step runs on: PyTorch over gathered entries, or Triton over pages where they lie (CUDA only)."""
+    cuda_graphs: bool = False
+    """Decode by replaying captured CUDA graphs: fused kernels, all layers on one device, and best a device budget."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -303,6 +307,10 @@ class LSAConfig:
             raise ValueError(f"ensemble must be 'max' or 'mean', got {self.ensemble!r}")
         if self.kv_format not in ("auto", "fp32", "bf16", "fp8"):
             raise ValueError(f"kv_format must be 'auto', 'fp32', 'bf16' or 'fp8', got {self.kv_format!r}")
+        if self.kernels not in ("reference", "fused"):
+            raise ValueError(f"kernels must be 'reference' or 'fused', got {self.kernels!r}")
+        if self.cuda_graphs and self.kernels != "fused":
+            raise ValueError("cuda_graphs needs kernels='fused'")
         for name in ("device_budget_bytes", "host_budget_bytes", "disk_budget_bytes"):
             if (value := getattr(self, name)) is not None and value <= 0:
                 raise ValueError(f"{name} must be positive, got {value}")
@@ -345,7 +353,8 @@ def check_sampling(*, max_new_tokens: int = 1, temperature: float = 0.0, top_p: 
 
 MODEL_DEFAULTS = "flashmem.json"
 _NOT_OF_A_MODEL = (
-    "device_budget_bytes", "max_sessions", "host_budget_bytes", "disk_budget_bytes", "disk_path", "seed",
+    "device_budget_bytes", "max_sessions", "host_budget_bytes", "disk_budget_bytes", "disk_path", "seed", "kernels",
+    "cuda_graphs",
 )  # fmt: skip
 """What belongs to a machine or a run: a directory from elsewhere must not choose where we write."""
 

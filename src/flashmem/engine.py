@@ -13,6 +13,8 @@ import torch
 
 from . import accounting
 from .backbone import Backbone, StatePool, load_model
+from .backbone.fused import FusedStep, FusedSteps
+from .backbone.graphs import DecodeGraphs
 from .backbone.steps import DecodeStep, PickObserver, PrefillStep
 from .config import LSAConfig, ModelDefaults, ModelGeometry, check_sampling
 from .indexer import MemoryIndexer
@@ -88,6 +90,8 @@ class Engine:
             host_budget_bytes=config.host_budget_bytes, disk_path=config.disk_path,
             disk_budget_bytes=config.disk_budget_bytes,
         )  # fmt: skip
+        self.fused = FusedSteps(self.states) if config.kernels == "fused" else None
+        self.graphs = DecodeGraphs(backbone) if config.cuda_graphs else None
         self.sessions: list[Session] = []
         self._batch: tuple[tuple[Session, ...], Any] | None = None
         self._fingerprint: str | None = None
@@ -191,8 +195,7 @@ class Engine:
             session._check_ready(self)
             self._check_tokens([token], session.state.position)
         try:
-            step = self._begin_decode(sessions)
-            logits = self.backbone.decode(step, torch.tensor(tokens))
+            logits, step = self._decode(sessions, torch.tensor(tokens))
         except BaseException:
             self._roll_back(sessions)
             raise
@@ -290,23 +293,38 @@ class Engine:
         step.finish()
         session.pages.commit(step.end // self.geometry.csa_ratio - session.pages.num_chunks)
 
-    def _begin_decode(self, sessions: Sequence[Session], on_picks: PickObserver | None = None) -> DecodeStep:
+    def _decode(self, sessions: Sequence[Session], ids: torch.Tensor) -> tuple[torch.Tensor, DecodeStep | FusedStep]:
+        """Logits [B, V] of one step, which `_end_decode` makes permanent."""
+        size = None if self.graphs is None else self.graphs.size(len(sessions))
+        step = self._begin_decode(sessions, size=size)
+        if self.graphs is not None and isinstance(step, FusedStep):
+            return self.graphs.run(step, ids), step
+        return self.backbone.decode(step, ids), step
+
+    def _begin_decode(
+        self, sessions: Sequence[Session], on_picks: PickObserver | None = None, *, size: int | None = None
+    ) -> DecodeStep | FusedStep:
+        """A step of these sessions; on the fused kernels with pads up to `size`."""
         visible = [(session.state.position + 1) // self.geometry.csa_ratio for session in sessions]
         for session, count in zip(sessions, visible, strict=True):
             session.cycle.before_step()
             session.pages.reserve(count - session.pages.num_chunks)
+        states, observer = [session.state for session in sessions], on_picks or self.on_picks
+        if self.fused is not None and observer is None:  # the fused kernels have no scores and weights to show
+            rows = self.store.rows_in_place([session.pages for session in sessions], visible, size)
+            return self.fused.step(states, rows, size)
         if self._batch is None or self._batch[0] != tuple(sessions):
             self._batch = tuple(sessions), self.store.batch([session.pages for session in sessions])
         pages = self._batch[1]
         pages.begin(visible)
-        return DecodeStep([session.state for session in sessions], pages, on_picks or self.on_picks)
+        return DecodeStep(states, pages, observer)
 
     on_picks: PickObserver | None = None
     """Sees the chunks that level 2 picks in every decode step (evaluation, oracle)."""
     on_prefill_picks: PickObserver | None = None
     """Likewise in prefill, where each token has its own picks (capture); it costs time and memory."""
 
-    def _end_decode(self, sessions: Sequence[Session], step: DecodeStep) -> None:
+    def _end_decode(self, sessions: Sequence[Session], step: DecodeStep | FusedStep) -> None:
         step.finish()
         for session in sessions:
             session.pages.commit(session.state.position // self.geometry.csa_ratio - session.pages.num_chunks)

@@ -129,6 +129,18 @@ def test_queries_of_one_history_in_one_call(ensemble: Any) -> None:
         torch.testing.assert_close(logits[query], single)
 
 
+@pytest.mark.parametrize("ensemble", ["max", "mean"])
+def test_rows_in_place_give_the_same_logits(ensemble: Any, triton_device: torch.device) -> None:
+    indexer = make_indexer(replace(SMALL, logit_offset=0.3, length_offsets=((16, -1.0), (64, 2.0)))).to(triton_device)
+    hidden = {csa: draw(3, 40, seed=csa).to(triton_device) for csa in indexer.target_layers}
+    rows = {csa: encode_index_rows(draw(37, 12, seed=csa)).to(triton_device) for csa in indexer.target_layers}
+    positions = torch.tensor([3, 900, 901])
+    with torch.no_grad():
+        wanted = indexer.chunk_logits(hidden, rows, positions, ensemble=ensemble)
+        got = indexer.logits_in_place(hidden, rows, positions, ensemble=ensemble)
+    torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
+
+
 def test_everything_learns_the_offset_too() -> None:
     indexer = make_indexer(replace(SMALL, query_dtype="bf16", ensemble="mean"))
     hidden = {csa: draw(2, 40, seed=csa) for csa in SMALL.layers}

@@ -8,6 +8,8 @@ Swapped modules behave as before unless the cache they are given carries a `step
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,6 +17,7 @@ import torch
 from transformers.models.deepseek_v4 import modeling_deepseek_v4 as stock
 
 from ..config import ModelGeometry
+from .fused import FusedStep
 from .steps import DecodeStep, PrefillStep
 
 
@@ -88,9 +91,27 @@ class Backbone:
         hidden = self._run(step, ids_S[None], positions[None])
         return self._logits(hidden[0] if all_logits else hidden[0, -1:])
 
-    def decode(self, step: DecodeStep, ids_B: torch.Tensor) -> torch.Tensor:
+    def decode(self, step: DecodeStep | FusedStep, ids_B: torch.Tensor) -> torch.Tensor:
         """Run one token of every session of the step; returns float32 logits [B, V]."""
         return self._logits(self._run(step, ids_B[:, None], step.positions[:, None])[:, -1])
+
+    @contextmanager
+    def capturable_experts(self) -> Iterator[None]:
+        """Run routed experts in a form that a CUDA graph can hold.
+
+        The loop over experts ("eager") and PyTorch's grouped product in other types than bfloat16, or on other devices
+        than Hopper and Blackwell, ask the device how many tokens each expert got, and wait. "batched_mm" does not; it
+        copies an expert's weights for each token that it gets. Other implementations are left as they are.
+        """
+        model, device = self.model, self.input_device
+        before: str = model.config._experts_implementation
+        if before in ("eager", "grouped_mm"):
+            grouped = self.dtype is torch.bfloat16 and torch.cuda.get_device_capability(device)[0] in (9, 10)
+            model.set_experts_implementation("grouped_mm" if grouped else "batched_mm")
+        try:
+            yield
+        finally:
+            model.set_experts_implementation(before)
 
     def _run(self, step: Any, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         if not self.attached:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers.models.deepseek_v4.modeling_deepseek_v4 import apply_rotary_pos_emb
 
-from ..kernels.compress import compress
+from ..kernels.compress import Impl, compress
 
 
 def project(module: Any, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -20,7 +20,9 @@ def project(module: Any, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
     return module.kv_proj(hidden), module.gate_proj(hidden)
 
 
-def pool_overlapping(module: Any, kv: torch.Tensor, gate: torch.Tensor, positions_N: torch.Tensor) -> torch.Tensor:
+def pool_overlapping(
+    module: Any, kv: torch.Tensor, gate: torch.Tensor, positions_N: torch.Tensor, impl: Impl | None = None
+) -> torch.Tensor:
     """CSA entries [N, D] of windows that start at `positions_N`.
 
     kv and gate are [N, 2R, 2D]: the previous window's tokens, then the window's own. A window that starts at position 0
@@ -31,12 +33,25 @@ def pool_overlapping(module: Any, kv: torch.Tensor, gate: torch.Tensor, position
     previous, own = gate[:, :ratio, :dim], gate[:, ratio:, dim:]
     previous = previous.masked_fill((positions_N == 0)[:, None, None], float("-inf"))
     kv = torch.cat((kv[:, :ratio, :dim], kv[:, ratio:, dim:]), dim=1)
-    return _finish(module, compress(kv, torch.cat((previous, own), dim=1)), positions_N)
+    return _finish(module, compress(kv, torch.cat((previous, own), dim=1), impl=impl), positions_N)
 
 
-def pool_plain(module: Any, kv: torch.Tensor, gate: torch.Tensor, positions_N: torch.Tensor) -> torch.Tensor:
+def pool_rings(
+    module: Any, kv: torch.Tensor, gate: torch.Tensor, newest_N: torch.Tensor, impl: Impl | None = None
+) -> torch.Tensor:
+    """CSA entries [N, D] of the windows that end with tokens `newest_N`, from rings [N, 2R, 2D] of two windows."""
+    slots = 2 * module.compress_rate
+    first = newest_N - (slots - 1)  # the previous window's first token
+    order = (first[:, None] + torch.arange(slots, device=kv.device)) % slots
+    pick = torch.arange(len(kv), device=kv.device)[:, None]
+    return pool_overlapping(module, kv[pick, order], gate[pick, order], first + module.compress_rate, impl)
+
+
+def pool_plain(
+    module: Any, kv: torch.Tensor, gate: torch.Tensor, positions_N: torch.Tensor, impl: Impl | None = None
+) -> torch.Tensor:
     """HCA entries [N, D] from kv and gate [N, R, D]."""
-    return _finish(module, compress(kv, gate.float() + module.position_bias), positions_N)
+    return _finish(module, compress(kv, gate.float() + module.position_bias, impl=impl), positions_N)
 
 
 def _finish(module: Any, pooled_ND: torch.Tensor, positions_N: torch.Tensor) -> torch.Tensor:

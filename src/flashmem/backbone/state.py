@@ -32,6 +32,7 @@ class StatePool:
         self.observation_window = observation_window
         self.rows = 0
         self.free_rows: list[int] = []
+        self._padding: int | None = None
         self.tensors: dict[tuple[int, str], torch.Tensor] = {
             (layer, name): torch.zeros(0, *shape, dtype=dtype, device=self.device_of_layer[layer])
             for layer in range(geometry.num_layers)
@@ -61,6 +62,12 @@ class StatePool:
             self.rows += added
         return SessionState(self, self.free_rows.pop(0))
 
+    def padding_row(self) -> int:
+        """A row of no session, for the pads of a batch to write to."""
+        if self._padding is None:
+            self._padding = self.open().row
+        return self._padding
+
     def close(self, row: int) -> None:
         assert row not in self.free_rows
         for tensor in self.tensors.values():
@@ -87,6 +94,11 @@ class SessionState:
 
     def num_hca_entries(self) -> int:
         return self.position // self.pool.geometry.hca_ratio
+
+    def reserve_hca(self, count: int) -> None:
+        """Make room for `count` HCA entries in every layer."""
+        for rows in self.entries.values():
+            rows.reserve(count)
 
     def observed(self, layer: int) -> torch.Tensor:
         """Hidden states [m, E] of the last m tokens, oldest first; m is smaller at the start of a session."""
@@ -151,9 +163,12 @@ class GrowingRows:
     def get(self, count: int) -> torch.Tensor:
         return self.data[:count]
 
-    def put(self, first: int, rows: torch.Tensor) -> None:
-        if (needed := first + len(rows)) > len(self.data):
+    def reserve(self, needed: int) -> None:
+        if needed > len(self.data):
             grown = self.data.new_empty(max(needed, len(self.data) * 3 // 2), self.data.shape[1])
             grown[: len(self.data)] = self.data
             self.data = grown
+
+    def put(self, first: int, rows: torch.Tensor) -> None:
+        self.reserve(first + len(rows))
         self.data[first : first + len(rows)] = rows

@@ -20,7 +20,7 @@ from ..kernels.kv_codec import decode_rows, encode_rows
 from ..kernels.select_chunks import lightning_scores, topk_chunks, topk_history
 from ..kernels.sparse_attention import KeySet, attend, attend_prefill, attention_weights
 from ..types import DecodePages, LayerHistory, PrefillPages
-from .compressor import pool_overlapping, pool_plain, project
+from .compressor import pool_overlapping, pool_plain, pool_rings, project
 from .state import SessionState, StatePool
 
 KEY_TILE = 4096
@@ -354,11 +354,7 @@ class DecodeStep:
     ) -> torch.Tensor:
         kv, gate = project(module, hidden_BE)
         kv, gate = self._put(layer, f"{prefix}kv", kv)[rows], self._put(layer, f"{prefix}gate", gate)[rows]
-        ratio = module.compress_rate
-        first = self._index(kv.device)[1][rows] - (2 * ratio - 1)  # the previous window's first token
-        order = (first[:, None] + torch.arange(2 * ratio, device=kv.device)) % (2 * ratio)
-        pick = torch.arange(len(rows), device=kv.device)[:, None]
-        return pool_overlapping(module, kv[pick, order], gate[pick, order], first + ratio)
+        return pool_rings(module, kv, gate, self._index(kv.device)[1][rows])
 
     def _hca_set(self, compressor: Any, layer: int, hidden_BE: torch.Tensor) -> list[KeySet]:
         ratio, spec = self.pool.geometry.hca_ratio, self.pool.hca_format

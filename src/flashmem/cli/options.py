@@ -74,6 +74,13 @@ class EngineOptions:
         Literal["auto", "fp32", "bf16", "fp8"] | None, _lsa(_BASE.kv_format, "Format of the records; auto is exact.")
     ] = None
     prefill_chunk: Annotated[int | None, _lsa(_BASE.prefill_chunk, "Tokens per prefill forward.")] = None
+    kernels: Annotated[
+        Literal["reference", "fused"] | None,
+        _lsa(_BASE.kernels, "What decoding runs on: PyTorch, or Triton on pages in place (needs CUDA)."),
+    ] = None
+    cuda_graphs: Annotated[
+        bool, typer.Option("--cuda-graphs", help="Replay captured decode steps.", rich_help_panel=_LSA)
+    ] = False
     device_budget: Annotated[
         int | None, _lsa("as needed", "Bytes of the device pool, e.g. 8GiB.", parser=_bytes, metavar="BYTES")
     ] = None
@@ -98,6 +105,8 @@ class EngineOptions:
             "rescue": self.rescue or None,
             "kv_format": self.kv_format,
             "prefill_chunk": self.prefill_chunk,
+            "kernels": self.kernels,
+            "cuda_graphs": self.cuda_graphs or None,
             "device_budget_bytes": self.device_budget,
             "host_budget_bytes": self.host_budget,
             "disk_budget_bytes": self.disk_budget,

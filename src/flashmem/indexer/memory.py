@@ -11,18 +11,22 @@ import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from ..config import RopeConfig
 from ..kernels.index_rows import hadamard
-from ..kernels.score_chunks import score_chunks, score_chunks_max
+from ..kernels.paged import PagedRows, index_row_form
+from ..kernels.score_chunks import score_chunks, score_chunks_max, score_history
 from .checkpoint import check_tensors, digest_tensors, infer_config, read_checkpoint, write_checkpoint
 from .config import Ensemble, IndexerConfig, QueryDtype
 from .native import read_native, widen
 from .scorer import LayerScorer
+
+if TYPE_CHECKING:
+    from ..kernels.score_chunks.fused import Precision
 
 
 class MemoryIndexer(nn.Module):
@@ -109,6 +113,27 @@ class MemoryIndexer(nn.Module):
         stacked_LQN = torch.stack([x_QN.to(device) for x_QN in per_layer_QN])
         combined_QN = stacked_LQN.amax(0) if ensemble == "max" else stacked_LQN.mean(0)
         return combined_QN + (self.offset.float().to(device) + self._config.length_offset(combined_QN.shape[1]))
+
+    def logits_in_place(
+        self,
+        hidden: Mapping[int, torch.Tensor],
+        keys: Mapping[int, torch.Tensor],
+        positions: torch.Tensor,
+        *,
+        ensemble: Ensemble | None = None,
+    ) -> torch.Tensor:
+        """`chunk_logits` on the fused kernel: one launch for all layers and tokens, `keys` being index rows in place.
+
+        Scorers, hidden states and rows must be on one device. Queries of a float32 indexer stay float32.
+        """
+        self._check_layers(hidden, keys)
+        found = [scorer.queries(hidden[csa], positions.to(hidden[csa].device)) for csa, scorer in self.layers.items()]
+        q_L1MHI, w_L1MH = (torch.stack(parts).unsqueeze(1) for parts in zip(*found, strict=True))
+        count, merge = len(keys[self.target_layers[0]]), ensemble or self._config.ensemble
+        rows = PagedRows(index_row_form(self._config.head_dim), [[keys[csa]] for csa in self.target_layers], [count])
+        precision: Precision | None = "fp32" if self._config.query_dtype == "fp32" else None
+        logits_N = score_history(q_L1MHI, w_L1MH, rows, merge=merge, precision=precision, impl="fused")[0]
+        return logits_N + (self.offset.float() + self._config.length_offset(count))
 
     @staticmethod
     def probability(logits: torch.Tensor) -> torch.Tensor:

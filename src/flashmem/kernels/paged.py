@@ -52,6 +52,7 @@ class PagedRows:
         if numbers_BP is not None and (numbers_BP.dim() != 2 or len(numbers_BP) != batch):
             raise ValueError(f"page numbers must be [{batch}, P], got {tuple(numbers_BP.shape)}")
         self.form = form
+        self.regions: tuple[tuple[torch.Tensor, ...], ...]
         self.regions = tuple(tuple(layer) * (batch // len(layer)) for layer in regions)
         self.numbers_BP = None if numbers_BP is None else numbers_BP.contiguous()
         self.page_stride = strides.pop()
@@ -69,9 +70,29 @@ class PagedRows:
         steps = (self.page_stride, form.data_bytes, form.page_chunks * form.data_bytes)
         self.alignment = math.gcd(WIDEST_LOAD, *steps, *(address for layer in addresses for address in layer))
 
+    @classmethod
+    def at(
+        cls,
+        form: PlanarForm,
+        addresses_LB: torch.Tensor,
+        counts_B: torch.Tensor,
+        max_rows: int,
+        numbers_BP: torch.Tensor | None = None,
+    ) -> PagedRows:
+        """Rows for kernels alone, at dense regions whose addresses (int64, on the device) may change between launches.
+
+        Regions must start at multiples of `WIDEST_LOAD` bytes, as allocations do; no session may have more than
+        `max_rows` rows. Neither is checked, and `read` does not work.
+        """
+        rows = cls.__new__(cls)
+        rows.form, rows.regions, rows.page_stride = form, (), form.page_bytes
+        rows.addresses_LB, rows.counts_B, rows.numbers_BP, rows.max_rows = addresses_LB, counts_B, numbers_BP, max_rows
+        rows.alignment = math.gcd(WIDEST_LOAD, form.page_bytes, form.data_bytes, form.page_chunks * form.data_bytes)
+        return rows
+
     @property
     def num_layers(self) -> int:
-        return len(self.regions)
+        return len(self.addresses_LB)
 
     @property
     def batch(self) -> int:

@@ -183,7 +183,10 @@ class Cycle:
         hidden = {csa: self.state.observed(self.layers[csa]) for csa in indexer.target_layers}
         rows = {csa: self.pages.index_rows(self.layers[csa]) for csa in indexer.target_layers}
         positions = self.state.observed_positions()
-        return indexer.chunk_logits(hidden, rows, positions, ensemble=self.config.ensemble).cpu()
+        score = indexer.chunk_logits
+        if self.config.kernels == "fused" and len({x.device for x in rows.values()}) == 1:
+            score = indexer.logits_in_place  # one launch cannot read the layers of several devices
+        return score(hidden, rows, positions, ensemble=self.config.ensemble).cpu()
 
     def _look(self) -> None:
         """Rescue: are the target layers' own top-k chunks resident?"""

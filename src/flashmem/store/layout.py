@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 
 from flashmem.config import KVFormat, ModelGeometry
-from flashmem.kernels.index_rows import SCALE_BYTES
-from flashmem.kernels.kv_codec import KVFormatSpec, PlanarForm
+from flashmem.kernels.index_rows import SCALE_BYTES, encode_index_rows
+from flashmem.kernels.kv_codec import Impl, KVFormatSpec, PlanarForm, encode_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +143,23 @@ class RecordLayout:
         """CSA layers in the order of their bytes: records of equal sizes and orders are interchangeable."""
 
 
+def encode_entries(
+    layout: RecordLayout, layer: int, kv_ND: torch.Tensor, keys_NI: torch.Tensor, *, impl: Impl | None = None
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """Rows uint8 [N, bytes] of entries and keys as records hold them, and the index rows of a target layer.
+
+    None where the layer has no such rows: keys of target layers in fp8, index rows of other layers.
+    """
+    is_target, exact = layer in layout.target_layers, layout.kv_spec.exact_dtype
+    index_rows = encode_index_rows(keys_NI, impl=impl) if is_target or exact is None else None
+    key_rows = index_rows if exact is None else keys_NI.to(exact).contiguous().view(torch.uint8)
+    return (
+        encode_rows(layout.kv_spec, kv_ND, impl=impl),
+        key_rows if layer in layout.key_regions else None,
+        index_rows if is_target else None,
+    )
+
+
 def _with_index(device: torch.device) -> torch.device:
     """ "cuda" and "cuda:0" are one device."""
     device = torch.device(device)
@@ -151,4 +168,4 @@ def _with_index(device: torch.device) -> torch.device:
     return device
 
 
-__all__ = ["RecordLayout", "RecordPart", "Region"]
+__all__ = ["RecordLayout", "RecordPart", "Region", "encode_entries"]

@@ -16,8 +16,7 @@ from typing import NamedTuple
 
 import torch
 
-from flashmem.kernels.index_rows import encode_index_rows
-from flashmem.kernels.kv_codec import encode_rows, put_planar
+from flashmem.kernels.kv_codec import put_planar
 from flashmem.types import BudgetError, TierBytes, Traffic, check_sorted_unique
 
 from .batch import DecodeBatch
@@ -26,10 +25,13 @@ from .device import DevicePool, Ticket
 from .disk import DiskTier
 from .history import History
 from .host import HostMirror
-from .layout import RecordLayout
+from .layout import RecordLayout, encode_entries
 from .records import Records, RecordStore, StackedRecords, to_device
+from .resident import ResidentRows
 
 HOST, DISK, SAVED = 0, 1, 2
+MOST_SIZES = 64
+"""Objects that `rows_in_place` keeps before it starts anew."""
 _TIER_NAMES = ("host", "disk", "saved")
 
 
@@ -88,12 +90,30 @@ class PageStore:
         self.disk = None if disk_path is None else DiskTier(layout.record_bytes, disk_path, disk_budget_bytes)
         self.sessions: dict[int, SessionPages] = {}
         self._next_owner = 0
+        self._rows: dict[tuple[int, int], ResidentRows] = {}
+        self._rows_at: list[int] = []  # where the pool was when they were made
 
     def open_session(self) -> SessionPages:
         session = SessionPages(self, self._next_owner)
         self.sessions[self._next_owner] = session
         self._next_owner += 1
         return session
+
+    def rows_in_place(
+        self, sessions: Sequence[SessionPages], visible: Sequence[int], size: int | None = None
+    ) -> ResidentRows:
+        """The resident pages of these sessions for kernels, filled for a step (see `ResidentRows.fill`).
+
+        There is one object for each `size`, and pages to powers of two: what it held for another batch is overwritten.
+        """
+        if (at := [part.data_ptr() for part in self.pool.parts]) != self._rows_at or len(self._rows) >= MOST_SIZES:
+            self._rows, self._rows_at = {}, at
+        longest = max(len(session.placed_pages()) for session in sessions)
+        key = (size or len(sessions), max(4, 1 << (longest - 1).bit_length()))
+        if key not in self._rows:
+            self._rows[key] = ResidentRows(self, *key)
+        self._rows[key].fill(sessions, visible)
+        return self._rows[key]
 
     def batch(self, sessions: Sequence[SessionPages]) -> DecodeBatch:
         """The resident pages of these sessions, row by row; sessions may not repeat."""
@@ -149,17 +169,14 @@ class PageStore:
     ) -> torch.Tensor | None:
         """Write entries of one layer into the pool; returns their index rows [N, R] if the layer is a target."""
         layout = self.layout
-        region = layout.kv_regions[layer]
+        kv_rows, key_rows, index_rows = encode_entries(layout, layer, kv_ND, keys_NI)
+        region, key_region = layout.kv_regions[layer], layout.key_regions.get(layer)
         pool = self.pool.parts[region.part]
-        put_planar(region.form, region.of_part(pool), slots_N, offsets_N, encode_rows(layout.kv_spec, kv_ND))
-        is_target, key_region = layer in layout.target_layers, layout.key_regions.get(layer)
-        index_rows = encode_index_rows(keys_NI) if is_target or layout.keys_rotated else None
+        put_planar(region.form, region.of_part(pool), slots_N, offsets_N, kv_rows)
         if key_region is not None:
-            exact = layout.kv_spec.exact_dtype
-            rows = index_rows if exact is None else keys_NI.to(exact).contiguous().view(torch.uint8)
-            assert rows is not None
-            put_planar(key_region.form, key_region.of_part(pool), slots_N, offsets_N, rows)
-        return index_rows if is_target else None
+            assert key_rows is not None
+            put_planar(key_region.form, key_region.of_part(pool), slots_N, offsets_N, key_rows)
+        return index_rows
 
     def check_room(self, count: int) -> None:
         """Raise BudgetError unless host and disk together have room for `count` more records."""
@@ -210,6 +227,7 @@ class SessionPages:
         self._saved: Records | None = None
         self._pending: _Prefetch | None = None
         self._tables: PageTables | None = None
+        self._placed: list[tuple[int, int]] | None = None
         self._resident: tuple[tuple[int, int], tuple[int, ...]] | None = None
         self._closed = False
         self._index_rows = {layer: self._new_rows(layer, store.layout.page_chunks) for layer in self._targets}
@@ -489,7 +507,9 @@ class SessionPages:
 
     def placed_pages(self) -> list[tuple[int, int]]:
         """(page, slot) of the live table and of reserved pages, by page."""
-        return [(page, slot) for page, slot in enumerate(self._slots) if slot >= 0]
+        if self._placed is None:
+            self._placed = [(page, slot) for page, slot in enumerate(self._slots) if slot >= 0]
+        return self._placed
 
     def slot_of(self, page: int) -> int:
         slot = self._slots[page]
@@ -609,7 +629,7 @@ class SessionPages:
 
     def _changed(self) -> None:
         self.table_version += 1
-        self._tables = None
+        self._tables = self._placed = None
 
     def _count_to_device(self, pages: int) -> None:
         self.traffic.pages_to_device += pages

@@ -110,16 +110,18 @@ def score_page_reductions(
     return best, score, above
 
 
-def default_tiles(heads: int, wide: bool, keys: PagedRows, page_chunks: int) -> Tiles:
-    """Tiles that fill the device with programs, each as long as that allows."""
-    chunks = min(64 if wide else 128, ACCUMULATORS // max(64, triton.next_power_of_2(heads)))
-    programs = (
-        4 * torch.cuda.get_device_properties(keys.device).multi_processor_count if keys.device.type == "cuda" else 1
-    )
+def default_tiles(heads: int, query_bytes: int, keys: PagedRows, page_chunks: int) -> Tiles:
+    """Tiles that fill the device with programs, each as long as that allows; `query_bytes` per channel, all terms."""
+    most = {1: 128, 2: 64, 4: 32}[query_bytes]
+    chunks = min(most, ACCUMULATORS // max(64, triton.next_power_of_2(heads)))
+    programs = 1
+    if keys.device.type == "cuda":
+        programs = 4 * torch.cuda.get_device_properties(keys.device).multi_processor_count
     run = 16
     while run > 1 and keys.batch * triton.cdiv(keys.max_rows, run * chunks) < programs:
         run //= 2
-    return Tiles(chunks, max(run, triton.cdiv(page_chunks, chunks)))
+    # float32 is for checks: 256 heads of 128 channels fill shared memory, and nothing is left to load ahead into
+    return Tiles(chunks, max(run, triton.cdiv(page_chunks, chunks)), stages=1 if query_bytes == 4 else 3)
 
 
 def _launch(
@@ -146,7 +148,7 @@ def _launch(
     key_dtype = _key_dtype(keys, channels, q.dtype)
     if out.numel() == 0:
         return
-    tiles = tiles or default_tiles(heads, q.dtype.itemsize * terms > 1, keys, page_chunks)
+    tiles = tiles or default_tiles(heads, q.dtype.itemsize * terms, keys, page_chunks)
     numbers = keys.numbers_BP
     _score_kernel[(triton.cdiv(keys.max_rows, tiles.chunks * tiles.run), batch)](
         q, w, keys.addresses_LB, keys.counts_B if numbers is None else numbers, keys.counts_B,

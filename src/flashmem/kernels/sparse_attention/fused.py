@@ -124,8 +124,6 @@ def _arguments(source: EntrySource) -> tuple[torch.Tensor | int, ...]:
 def _row_form(source: EntrySource) -> RowForm:
     rows, spec = source.rows, source.spec
     form, exact = rows.form, spec.exact_dtype
-    if form.page_chunks & (form.page_chunks - 1):
-        raise ValueError(f"entries must be in pages of a power of two of chunks, got {form.page_chunks}")
     if exact is None:
         _check_rope(spec)
     itemsize = 2 if exact is None else exact.itemsize  # of the widest load: the rotary channels of fp8 are bf16
