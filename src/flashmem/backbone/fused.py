@@ -17,7 +17,7 @@ import torch
 
 from ..config import ModelGeometry
 from ..kernels.kv_codec import KVFormatSpec, PlanarForm, encode_rows
-from ..kernels.paged import PagedRows, interleaved_form
+from ..kernels.paged import PagedRows, interleaved_form, overwrite
 from ..kernels.put_rows import put_rows
 from ..kernels.select_chunks import select_resident
 from ..kernels.sparse_attention import EntrySource, attend_rows
@@ -113,8 +113,8 @@ class _OnDevice:
     def fill(self, states: Sequence[SessionState], numbers: list[list[int]], counts: list[list[int]]) -> None:
         pads = len(numbers[0]) - len(states)
         addresses = [[s.entries[layer].data.data_ptr() for s in states] + [0] * pads for layer in self.hca_layers]
-        _overwrite(self.numbers, torch.tensor([*numbers, *addresses]))
-        _overwrite(self.counts, torch.tensor(counts, dtype=torch.int32))
+        overwrite(self.numbers, torch.tensor([*numbers, *addresses]))
+        overwrite(self.counts, torch.tensor(counts, dtype=torch.int32))
 
 
 class FusedStep:
@@ -257,11 +257,6 @@ def _window_spec(pool: StatePool) -> KVFormatSpec:
     """Windows hold entries as they are."""
     g = pool.geometry
     return KVFormatSpec("fp32" if pool.dtype is torch.float32 else "bf16", g.head_dim, g.compress_rope.dim)
-
-
-def _overwrite(target: torch.Tensor, values: torch.Tensor) -> None:
-    """From the CPU, without making the host wait."""
-    target.copy_(values.pin_memory() if target.is_cuda else values, non_blocking=True)
 
 
 __all__ = ["FusedStep", "FusedSteps", "PagesInPlace", "StepPlaces", "check_fused"]

@@ -229,15 +229,19 @@ class Recording:
         except BaseException:
             self.session.close()
             raise
-        self.start_LmE = hidden_of(engine, self.session, config.observe)
+        self.start_LmE = hidden_of(engine, [self.session], config.observe)[:, 0]
+        self.next_token: int | None = None
+        """The answer's next token, None at its end; known once the given tokens have been read."""
 
     @property
     def finished(self) -> bool:
         return self.next_token is None
 
-    @property
-    def next_token(self) -> int | None:
-        """The answer's next token, None at its end; known once the given tokens have been read."""
+    def add(self, steps: Sequence[Step]) -> None:
+        self.steps += steps
+        self.next_token = self._choose()
+
+    def _choose(self) -> int | None:
         if len(self.steps) >= self.longest:
             return None
         assert self.session.next_logits is not None
@@ -329,7 +333,7 @@ class _Observer:
 
     def read(self, item: Recording) -> None:
         """Run all tokens that the document gives, several in a forward."""
-        engine, size = self.engine, item.config.prefill_chunk
+        engine, size, steps = self.engine, item.config.prefill_chunk, list[Step]()
         for first in range(0, len(item.forced), size):
             tokens = item.forced[first : first + size]
             self.picks.clear()
@@ -338,8 +342,8 @@ class _Observer:
                 item.session.append(tokens)
             finally:
                 engine.on_prefill_picks = None
-            hidden_LSE = hidden_of(engine, item.session, len(tokens))
-            item.steps += self._steps(hidden_LSE)
+            steps += self._steps(hidden_of(engine, [item.session], len(tokens))[:, 0])
+        item.add(steps)
 
     def step(self, recordings: Sequence[Recording]) -> None:
         """Decode the next token of every recording."""
@@ -349,13 +353,13 @@ class _Observer:
         try:
             engine.decode(
                 [item.session for item in recordings],
-                [token for item in recordings if (token := item.next_token) is not None],
+                [item.next_token for item in recordings if item.next_token is not None],
             )
         finally:
             engine.on_picks = None
-        hidden_LBE = torch.cat([hidden_of(engine, item.session, 1) for item in recordings], dim=1)
+        hidden_LBE = hidden_of(engine, [item.session for item in recordings], 1)[:, :, 0]
         for item, step in zip(recordings, self._steps(hidden_LBE), strict=True):
-            item.steps.append(step)
+            item.add([step])
 
     def _steps(self, hidden_LBE: torch.Tensor) -> list[Step]:
         ids_LBK, lightning_LBK, attention_LBK = self._picked(hidden_LBE.shape[1])
@@ -378,10 +382,12 @@ class _Observer:
         return torch.stack(ids), torch.stack(lightning), torch.stack(attention)
 
 
-def hidden_of(engine: Engine, session: Session, count: int) -> torch.Tensor:
-    """Hidden states [captured layers, at most `count`, E] of the newest tokens, on the CPU."""
+def hidden_of(engine: Engine, sessions: Sequence[Session], count: int) -> torch.Tensor:
+    """Hidden states [captured layers, B, at most `count`, E] of the newest tokens, on the CPU: one copy per layer."""
     layers = [engine.geometry.csa_layers[csa] for csa in engine.indexer.target_layers]
-    return torch.stack([session.state.observed(layer)[-count:].cpu() for layer in layers])
+    return torch.stack(
+        [torch.stack([session.state.observed(layer)[-count:] for session in sessions]).cpu() for layer in layers]
+    )
 
 
 def lightning_probabilities(picks: Picks) -> torch.Tensor:

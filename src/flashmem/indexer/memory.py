@@ -112,7 +112,7 @@ class MemoryIndexer(nn.Module):
         device = per_layer_QN[0].device
         stacked_LQN = torch.stack([x_QN.to(device) for x_QN in per_layer_QN])
         combined_QN = stacked_LQN.amax(0) if ensemble == "max" else stacked_LQN.mean(0)
-        return combined_QN + (self.offset.float().to(device) + self._config.length_offset(combined_QN.shape[1]))
+        return self._shifted(combined_QN)
 
     def logits_in_place(
         self,
@@ -133,7 +133,11 @@ class MemoryIndexer(nn.Module):
         rows = PagedRows(index_row_form(self._config.head_dim), [[keys[csa]] for csa in self.target_layers], [count])
         precision: Precision | None = "fp32" if self._config.query_dtype == "fp32" else None
         logits_N = score_history(q_L1MHI, w_L1MH, rows, merge=merge, precision=precision, impl="fused")[0]
-        return logits_N + (self.offset.float() + self._config.length_offset(count))
+        return self._shifted(logits_N)
+
+    def _shifted(self, logits: torch.Tensor) -> torch.Tensor:
+        """Logits [..., N] with the calibrated offsets."""
+        return logits + (self.offset.float().to(logits.device) + self._config.length_offset(logits.shape[-1]))
 
     @staticmethod
     def probability(logits: torch.Tensor) -> torch.Tensor:

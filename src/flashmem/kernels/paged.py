@@ -150,4 +150,9 @@ def _to_device(values: torch.Tensor, device: torch.device) -> torch.Tensor:
     return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
 
 
-__all__ = ["PagedRows", "index_row_form", "interleaved_form"]
+def overwrite(target: torch.Tensor, values: torch.Tensor) -> None:
+    """Copy CPU values of the same type and shape into a tensor, without making the host wait for the device."""
+    target.copy_(values.pin_memory() if target.is_cuda else values, non_blocking=True)
+
+
+__all__ = ["PagedRows", "index_row_form", "interleaved_form", "overwrite"]

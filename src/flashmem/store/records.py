@@ -218,9 +218,4 @@ def to_device(indices: torch.Tensor, device: torch.device) -> torch.Tensor:
     return indices  # "cpu" and "cpu:1" are one place, although torch would copy
 
 
-def overwrite(target: torch.Tensor, values: torch.Tensor) -> None:
-    """Copy CPU values of the same type and shape into a tensor, without making the host wait for the device."""
-    target.copy_(values.pin_memory() if target.is_cuda else values, non_blocking=True)
-
-
-__all__ = ["RecordStore", "Records", "StackedRecords", "merge_rows", "overwrite", "read_rows", "to_device"]
+__all__ = ["RecordStore", "Records", "StackedRecords", "merge_rows", "read_rows", "to_device"]

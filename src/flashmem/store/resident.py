@@ -13,11 +13,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from flashmem.kernels.kv_codec import KVFormatSpec
-from flashmem.kernels.paged import PagedRows, index_row_form
+from flashmem.kernels.paged import PagedRows, index_row_form, overwrite
 from flashmem.kernels.put_rows import put_rows
 
 from .layout import encode_entries
-from .records import overwrite
 
 if TYPE_CHECKING:
     from .tiered import PageStore, SessionPages

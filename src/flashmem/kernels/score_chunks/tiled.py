@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from ..index_rows import split_index_rows
+from ..tiles import for_device
 
 # products of one tile: 4 MiB stay in a CPU's cache; a GPU wants few large launches (256 MiB in float32)
 ELEMENT_BUDGET = {"cpu": 1 << 20, "cuda": 1 << 26}
@@ -76,7 +77,7 @@ def _tiles(q_BMHI: torch.Tensor, keys_BNC: torch.Tensor, budget: int) -> Iterato
 
 
 def default_budget(device: torch.device) -> int:
-    return ELEMENT_BUDGET.get(device.type, ELEMENT_BUDGET["cuda"])
+    return for_device(ELEMENT_BUDGET, device)
 
 
 def product_dtype(device: torch.device) -> torch.dtype:

@@ -14,6 +14,7 @@ import torch
 
 from ..paged import PagedRows
 from ..score_chunks import decode_paged_keys, default_precision
+from ..tiles import for_device
 from .reference import lightning_scores_reference, merge_best, pick_ids, rank_keys
 
 if TYPE_CHECKING:
@@ -104,7 +105,7 @@ def topk_history(
     `tiles` yields (first chunk id, keys [N, I]) over the history once; memory is O(S * k + one tile).
     """
     queries, heads, _ = q_SHI.shape
-    elements = SCORE_ELEMENTS[q_SHI.device.type if q_SHI.device.type in SCORE_ELEMENTS else "cuda"]
+    elements = for_device(SCORE_ELEMENTS, q_SHI.device)
     best = torch.full((queries, k), torch.iinfo(torch.int64).min, dtype=torch.int64, device=q_SHI.device)
     for first, keys_NI in tiles:
         count = keys_NI.shape[0]

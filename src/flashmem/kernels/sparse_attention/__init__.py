@@ -16,6 +16,7 @@ import torch
 
 from ..kv_codec import KVFormatSpec, decode_rows
 from ..paged import PagedRows
+from ..tiles import for_device
 from .reference import attend_reference, attention_weights_reference, band_mask
 
 KeySet = tuple[torch.Tensor, torch.Tensor]
@@ -125,8 +126,8 @@ def attend_prefill(
     queries, heads, dim = q_SHD.shape
     first_key = first_query + queries - len(window_kv)
     per_query = heads * (entries_per_query + window) + entries_per_query * dim
-    kind = q_SHD.device.type if q_SHD.device.type in LOGIT_ELEMENTS else "cuda"
-    tile = min(max(1, LOGIT_ELEMENTS[kind] // per_query), max(QUERY_TILE[kind], window))
+    most = for_device(LOGIT_ELEMENTS, q_SHD.device) // per_query
+    tile = min(max(1, most), max(for_device(QUERY_TILE, q_SHD.device), window))
     out = torch.empty_like(q_SHD)
     for lo in range(0, queries, tile):
         hi = min(lo + tile, queries)
