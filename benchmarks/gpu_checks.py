@@ -1,8 +1,9 @@
 """What must hold on a CUDA device, in one run: exactness, copies under load, memory, copy rates, tests, sanitizer.
 
 Every part runs in a process of its own with a limit of time, so that none can spoil another; each says whether it
-passed, and the file is written anew after every part, also when one crashes or takes too long. The program ends with 1
-if a part did not pass. `--seconds` bounds the whole run.
+passed, and the file is written anew after every part, also when one crashes or takes too long. Parts that time
+something run one by one; the others follow together. The program ends with 1 if a part did not pass. `--seconds` bounds
+the whole run.
 
 python -m benchmarks.gpu_checks --out results/gpu_checks.json    (with PYTHONPATH=src where flashmem is not installed)
 """
@@ -22,7 +23,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -49,9 +51,22 @@ SANITIZER = ("compute-sanitizer", "/usr/local/cuda/bin/compute-sanitizer")
 
 def run_tests(args: Any) -> dict[str, Any]:
     """The tests that need a CUDA device; files without any are not even collected."""
-    files = sorted(path for path in (common.ROOT / "tests").rglob("test_*.py") if "mark.gpu" in path.read_text())
-    names = [str(path.relative_to(common.ROOT)) for path in files]
-    command = [sys.executable, "-m", "pytest", "-v", "-rs", "-m", "gpu", "-p", "no:cacheprovider", *names]
+    return run_pytest("-m", "gpu", *_tests_with("mark.gpu"))
+
+
+def run_kernel_tests(args: Any) -> dict[str, Any]:
+    """The tests of Triton kernels, which CI runs in the interpreter, compiled; the fused decode step among them."""
+    return run_pytest("-m", "not gpu", *_tests_with("triton_device"))
+
+
+def _tests_with(word: str) -> list[str]:
+    files = sorted(path for path in (common.ROOT / "tests").rglob("test_*.py") if word in path.read_text())
+    return [str(path.relative_to(common.ROOT)) for path in files]
+
+
+def run_pytest(*words: str) -> dict[str, Any]:
+    """One run of pytest; it passes if something passed and nothing was skipped."""
+    command = [sys.executable, "-m", "pytest", "-v", "-rs", "-p", "no:cacheprovider", *words]
     status, output = run_aloud(command)
     lines = output.strip().splitlines() or [""]
     counts = {word: int(count) for count, word in re.findall(r"(\d+) (passed|failed|error|skipped)", lines[-1])}
@@ -453,12 +468,33 @@ def _synchronize(device: str) -> None:
 # ---- compute-sanitizer
 
 
+KERNEL_TESTS = (
+    "attend_fused.py::test_numbers_of_picks",
+    "attend_fused.py::test_all_entries_of_each_session",
+    "encode_fused.py::test_index_rows_are_the_same_bytes",
+    "encode_fused.py::test_fp8_entries_are_the_same_bytes",
+    "encode_fused.py::test_windows_pool_as_defined",
+    "put_rows.py::test_rows_go_through_page_tables",
+    "score_fused.py::test_exact_keys",
+    "score_fused.py::test_fp8_products_are_exact",
+    "score_fused.py::test_page_reductions",
+    "select_pages.py::test_it_selects_what_the_budget_policy_selects",
+    "topk_fused.py::test_level_2_reads_pages_in_place",
+)
+"""Every kernel at least once, and few cases: each is compiled anew and then runs many times slower."""
+PROGRESS = r"\s*\d+\.\d\d s  |tests/.*PASSED"
+
+
 def sanitize(tool: str, part: str) -> Callable[[Any], dict[str, Any]]:
-    """Run one part of the target under one tool: memcheck sees reads and writes outside of allocations, racecheck
-    hazards in shared memory."""
+    """Run one part of the target, or tests of the kernels, under one tool: memcheck sees reads and writes outside of
+    allocations, racecheck hazards in shared memory."""
     # without torch's caching every tensor is an allocation of its own
     environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if tool == "memcheck" else {}
-    words = ["--tool", tool, "--error-exitcode", "9", "python", "-m", "benchmarks.gpu_sanitizer_target", part]
+    words = ["--tool", tool, "--error-exitcode", "9", "python", "-m"]
+    if part == "kernels":
+        words += ["pytest", "-v", "-p", "no:cacheprovider", *(f"tests/kernels/test_{name}" for name in KERNEL_TESTS)]
+    else:
+        words += ["benchmarks.gpu_sanitizer_target", part]
 
     def run(args: Any) -> dict[str, Any]:
         found = next((path for name in SANITIZER if (path := shutil.which(name))), None)
@@ -471,7 +507,9 @@ def sanitize(tool: str, part: str) -> Callable[[Any], dict[str, Any]]:
             **result,
             "exit_status": status,
             "summary": [line.strip("= ") for line in output.splitlines() if "SUMMARY" in line],
-            "progress": [line.strip() for line in output.splitlines() if re.match(r"\s*\d+\.\d\d s  ", line)],
+            "progress": [
+                line.strip() for line in output.splitlines() if re.match(r"\s*\d+\.\d\d s  |tests/.*PASSED", line)
+            ],
             "tail": [] if status == 0 else tail(output),
             "passed": status == 0 and re.search(r"SUMMARY: 0 (errors|hazards)", output) is not None,
         }
@@ -483,17 +521,21 @@ def sanitize(tool: str, part: str) -> Callable[[Any], dict[str, Any]]:
 
 
 PARTS: dict[str, tuple[Callable[[Any], dict[str, Any]], int]] = {
-    "exactness": (run_exactness, 120),
-    "copies_under_load": (run_copies_under_load, 120),
-    "memory": (run_memory, 120),
     "copy_rates": (run_copy_rates, 90),
-    "tests": (run_tests, 400),
-    "memcheck_store": (sanitize("memcheck", "store"), 150),
-    "racecheck_store": (sanitize("racecheck", "store"), 150),
-    "memcheck_decode": (sanitize("memcheck", "decode"), 150),
-    "racecheck_decode": (sanitize("racecheck", "decode"), 150),
+    "copies_under_load": (run_copies_under_load, 120),
+    "exactness": (run_exactness, 300),
+    "memory": (run_memory, 300),
+    "tests": (run_tests, 500),
+    "kernel_tests": (run_kernel_tests, 500),
+    **{
+        f"{tool}_{part}": (sanitize(tool, part), 500)
+        for part in ("store", "decode", "fused", "kernels")
+        for tool in ("memcheck", "racecheck")
+    },
 }
 """Each with the seconds that it may take."""
+TIMED = ("copy_rates", "copies_under_load")
+"""These measure time, or rely on it: they have the device to themselves."""
 
 
 def tail(output: str, lines: int = 25) -> list[str]:
@@ -521,6 +563,14 @@ def run_alone(name: str, seconds: float) -> dict[str, Any]:
         out = Path(directory) / "part.json"
         command = [sys.executable, "-m", "benchmarks.gpu_checks", *sys.argv[1:], "--alone", name, "--out", str(out)]
         return run_process(command, out, seconds)
+
+
+def run_together(names: list[str], end: float) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Run parts at the same time; their results come as each is done."""
+    with ThreadPoolExecutor(max_workers=len(PARTS)) as threads:
+        running = {threads.submit(run_alone, name, min(PARTS[name][1], end - time.monotonic())): name for name in names}
+        for future in as_completed(running):
+            yield running[future], future.result()
 
 
 def run_process(command: list[str], out: Path, seconds: float) -> dict[str, Any]:
@@ -565,16 +615,17 @@ def main() -> int:
         args.out.write_text(json.dumps(result))
         return 0
     started, end = common.machine(), time.monotonic() + args.seconds
-    results: dict[str, Any] = {}
-    for name in args.parts:
-        common.log(f"{name} ...")
-        results[name] = run_alone(name, min(PARTS[name][1], end - time.monotonic()))
-        verdict = "passed" if results[name]["passed"] else "FAILED"
-        common.log(f"{name}: {verdict} after {results[name]['seconds']} s")
-        complete = len(results) == len(args.parts)
-        passed = complete and all(part["passed"] for part in results.values())
-        summary = {"allow_tf32": False, "complete": complete, "passed": passed}
-        common.write_result(args.out, "gpu_checks", {**summary, **results}, started)
+    results: dict[str, dict[str, Any]] = {}
+    passed = False
+    for together in [[name] for name in args.parts if name in TIMED] + [[n for n in args.parts if n not in TIMED]]:
+        for name, result in run_together(together, end):
+            results[name] = result
+            common.log(f"{name}: {'passed' if result['passed'] else 'FAILED'} after {result['seconds']} s")
+            complete = len(results) == len(args.parts)
+            passed = complete and all(part["passed"] for part in results.values())
+            summary = {"allow_tf32": False, "complete": complete, "passed": passed}
+            ordered = {part: results[part] for part in PARTS if part in results}
+            common.write_result(args.out, "gpu_checks", {**summary, **ordered}, started)
     return 0 if passed else 1
 
 

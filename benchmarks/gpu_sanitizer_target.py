@@ -1,9 +1,10 @@
 """What compute-sanitizer looks at: the page store alone, then a very small engine that decodes.
 
 `store` writes, commits, evicts, reads history, prefetches late, flips, saves and opens, with a few hundred launches and
-without transformers. `decode` runs a model of one CSA layer for a few dozen tokens, through a window whose pages are
-swapped. Each line says how many seconds have passed, so that a run which is cut tells where its time went. The program
-ends with an error if anything is wrong. `benchmarks.gpu_checks` runs both parts under both tools; by hand:
+without transformers. `decode` runs a model of one CSA layer for a few tokens, through windows whose pages are swapped;
+`fused` does so on the fused kernels. Each line says how many seconds have passed, so that a run which is cut tells where
+its time went. The program ends with an error if anything is wrong. `benchmarks.gpu_checks` runs every part under both
+tools; by hand:
 
 compute-sanitizer --tool memcheck --error-exitcode 9 python -m benchmarks.gpu_sanitizer_target store
 compute-sanitizer --tool racecheck --error-exitcode 9 python -m benchmarks.gpu_sanitizer_target decode
@@ -15,6 +16,7 @@ import argparse
 import tempfile
 import time
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -129,7 +131,7 @@ def _save_and_open(store: PageStore, session: SessionPages) -> None:
 # ---- a very small engine
 
 
-def run_decode(device: str, kv_format: KVFormat, steps: int) -> int:
+def run_decode(device: str, kv_format: KVFormat, steps: int, kernels: Literal["reference", "fused"]) -> int:
     """Decode `steps` tokens in a batch of two; returns the pages that were copied to the device."""
     from flashmem import Engine, LSAConfig  # transformers is behind these: not in the other part
     from flashmem.backbone import random_model
@@ -143,6 +145,7 @@ def run_decode(device: str, kv_format: KVFormat, steps: int) -> int:
     config = LSAConfig(
         policy="random", keep=0.4, sink_pages=0, recency_pages=1, page_chunks=PAGE, tau=4, lead=2,
         kv_format="fp8" if kv_format == "fp8" else "auto", device_budget_bytes=1 << 20, max_sessions=2,
+        kernels=kernels,
     )  # fmt: skip
     engine = Engine(model, config=config)
     sessions = [engine.session(), engine.session()]
@@ -163,10 +166,10 @@ def run_decode(device: str, kv_format: KVFormat, steps: int) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=("store", "decode"))
+    parser.add_argument("part", choices=("store", "decode", "fused"))
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--steps", type=int, default=9, help="of decode; a window is four")
-    parser.add_argument("--kv-formats", nargs="+", choices=("fp32", "fp8"), help="store: both, decode: fp8")
+    parser.add_argument("--kv-formats", nargs="+", choices=("fp32", "fp8"), help="store: both, else fp8")
     args = parser.parse_args()
     torch.set_num_threads(1)
     tell("imported")
@@ -176,7 +179,8 @@ def main() -> None:
         if args.part == "store":
             moved = run_store(args.device, kv_format)
         else:
-            moved = run_decode(args.device, kv_format, args.steps)
+            kernels: Literal["reference", "fused"] = "fused" if args.part == "fused" else "reference"
+            moved = run_decode(args.device, kv_format, args.steps, kernels)
         assert moved > 0, "nothing was swapped"
         tell(f"{kv_format}: {moved} pages copied to the device")
 
