@@ -66,7 +66,7 @@ def _tests_with(word: str) -> list[str]:
 
 def run_pytest(*words: str) -> dict[str, Any]:
     """One run of pytest; it passes if something passed and nothing was skipped."""
-    command = [sys.executable, "-m", "pytest", "-v", "-rs", "-p", "no:cacheprovider", *words]
+    command = [sys.executable, "-m", "pytest", "-v", "-rfEs", "-p", "no:cacheprovider", *words]
     status, output = run_aloud(command)
     lines = output.strip().splitlines() or [""]
     counts = {word: int(count) for count, word in re.findall(r"(\d+) (passed|failed|error|skipped)", lines[-1])}

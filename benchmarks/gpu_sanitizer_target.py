@@ -2,9 +2,9 @@
 
 `store` writes, commits, evicts, reads history, prefetches late, flips, saves and opens, with a few hundred launches and
 without transformers. `decode` runs a model of one CSA layer for a few tokens, through windows whose pages are swapped;
-`fused` does so on the fused kernels. Each line says how many seconds have passed, so that a run which is cut tells where
-its time went. The program ends with an error if anything is wrong. `benchmarks.gpu_checks` runs every part under both
-tools; by hand:
+`fused` does so on the fused kernels. Each line says how many seconds have passed, so that a run which is cut tells
+where its time went. The program ends with an error if anything is wrong. `benchmarks.gpu_checks` runs every part under
+both tools; by hand:
 
 compute-sanitizer --tool memcheck --error-exitcode 9 python -m benchmarks.gpu_sanitizer_target store
 compute-sanitizer --tool racecheck --error-exitcode 9 python -m benchmarks.gpu_sanitizer_target decode

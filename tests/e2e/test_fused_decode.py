@@ -155,8 +155,8 @@ def test_graphs_need_cuda(triton_device: torch.device) -> None:
         ({"index_head_dim": 24}, "power of two of index channels"),
     ],
 )
-def test_models_beyond_the_limits_are_refused(sizes: dict[str, int], message: str) -> None:
-    model = random_model("C", **sizes)
+def test_models_beyond_the_limits_are_refused(sizes: dict[str, int], message: str, triton_device: torch.device) -> None:
+    model = random_model("C", **sizes).to(triton_device)
     with pytest.raises(ValueError, match=message):
         Engine(model, config=LSAConfig(kernels="fused"))
     Engine(model).close()  # given back as it was

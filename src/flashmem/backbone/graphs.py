@@ -35,8 +35,8 @@ class DecodeGraphs:
         if len(devices) > 1 or backbone.input_device.type != "cuda":
             raise ValueError(f"cuda_graphs needs all layers on one CUDA device, got {sorted(map(str, devices))}")
         self.backbone, self.device = backbone, backbone.input_device
-        self._memory = torch.cuda.graph_pool_handle()  # graphs run one after the other, and may share it
         self._graphs: WeakKeyDictionary[Any, WeakKeyDictionary[Any, _Captured]] = WeakKeyDictionary()
+        self._memory = torch.cuda.graph_pool_handle()
 
     @staticmethod
     def size(sessions: int) -> int:
@@ -65,11 +65,17 @@ class DecodeGraphs:
                 for _ in range(WARM_UPS):
                     self.backbone.decode(step.again(), ids_B)
             torch.cuda.current_stream().wait_stream(side)
-            with torch.cuda.graph(graph, pool=self._memory):
+            with torch.cuda.graph(graph, pool=self._pool()):
                 run = step.again()
                 logits_BV = self.backbone.decode(run, ids_B)
                 run.observe()
         return _Captured(graph, ids_B, logits_BV)
+
+    def _pool(self) -> Any:
+        """Memory for one more graph: graphs run one after the other, and may share it. It ends with its last graph."""
+        if not any(self._graphs.values()):
+            self._memory = torch.cuda.graph_pool_handle()
+        return self._memory
 
 
 __all__ = ["DecodeGraphs"]
