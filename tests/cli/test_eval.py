@@ -53,6 +53,8 @@ def test_run_report_and_compare(run: Run, text_model: Path, items: Path, tmp_pat
     assert compared.exit_code == 0, compared.stderr
     assert "| second | tau 4 | 3 | 100.0 |" in compared.stdout == (tmp_path / "table.md").read_text()
     assert json.loads(run("eval", "compare", first, second, "--json").stdout)["runs"][1]["paired"]["pairs"] == 3
+    also = json.loads(run("eval", "compare", first, "--also", "full,recency@match", "--json").stdout)["runs"]
+    assert [row["policy"] for row in also] == ["lsa", "full", "recency@match"]
 
 
 @pytest.mark.parametrize(

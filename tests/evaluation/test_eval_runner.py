@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
@@ -21,6 +22,7 @@ from flashmem.evaluation.items import Document, Item, ItemSet
 from flashmem.evaluation.runner import RunConfig, run_items
 from flashmem.evaluation.samples import read_samples
 from flashmem.policy import AllPages, BudgetPolicy, RandomPolicy, RecencyPolicy
+from flashmem.types import PageView, Selection
 
 STANDARD = policies.parse_policies(policies.STANDARD)
 TOKENS = 420
@@ -250,6 +252,63 @@ def test_conversations_keep_a_session_per_policy(engine: Engine, tmp_path: Path)
         assert row["mass_recall"] is not None
 
 
+def test_a_stale_policy_is_one_window_late(
+    engine: Engine, items: ItemSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By hand: the scores of every boundary, and the rule on those of the boundary before."""
+    seen: list[PageView] = []
+
+    def noted(self: BudgetPolicy, view: PageView) -> Selection:
+        seen.append(view)
+        return select(self, view)
+
+    with engine.session() as session:
+        session.append(items.documents[0].content)
+        document_N = engine.indexer.chunk_logits(
+            {csa: session.state.observed(session.cycle.layers[csa]) for csa in engine.indexer.target_layers},
+            {csa: session.pages.index_rows(session.cycle.layers[csa]) for csa in engine.indexer.target_layers},
+            session.state.observed_positions(),
+        )
+        session.append(items.items[0].question)
+        asked = session.snapshot()
+    select = BudgetPolicy.select
+    (contender,) = policies.parse_policies(["lsa-stale"])
+    policy = policies.build(contender, engine.config, 4, policies.Reference(stale=document_N))
+    assert isinstance(policy, policies.Stale)
+    monkeypatch.setattr(BudgetPolicy, "select", noted)
+    scores = []
+    with engine.resume(asked, policy=policy) as session:
+        for token in tokens(2 * TAU + 1, 6):
+            engine.decode([session], [token])
+            if session.cycle.steps == 1:
+                scores.append(policy.before_N)
+                late = seen[-1]
+                before_N = document_N if len(scores) == 1 else scores[-2]
+                assert late.logits_N is not None and torch.equal(late.logits_N[: len(before_N)], before_N)
+                assert bool((late.logits_N[len(before_N) :] == -math.inf).all()) and late.num_chunks > len(before_N)
+                assert session.cycle.selection.pages == select(BudgetPolicy(keep=KEEP), late).pages
+    assert len(scores) == 3 and not torch.equal(scores[0], scores[1][: len(scores[0])])
+    monkeypatch.undo()
+
+    few = policies.parse_policies(["full", "lsa", "carry-over@match", "lsa-stale"])
+    rows = read_samples(run_items(engine, items, few, tmp_path, RunConfig(batch=2)))
+    lsa, late, carried = (of(rows, policy) for policy in ("lsa", "lsa-stale", "carry-over@match"))
+    assert [row["bytes"] for row in late.values()] == [row["bytes"] for row in lsa.values()]
+    for item in items.items:  # in the first window both go by the scores at the end of the document
+        first = [row[item.id]["prediction"].split()[: TAU + 1] for row in (late, carried)]
+        assert first[0] == first[1]
+    assert any(row["prediction"] != lsa[key]["prediction"] for key, row in late.items())
+
+
+def test_what_is_late_must_be_scores_of_the_indexer(engine: Engine) -> None:
+    (contender,) = policies.parse_policies(["lsa-stale"])
+    with pytest.raises(ValueError, match="lacks the scores"):
+        policies.build(contender, engine.config, 4, policies.Reference())
+    other = replace(engine.config, policy="recency")
+    with pytest.raises(ValueError, match="'recency' does not go by the Memory Indexer"):
+        policies.build(contender, other, 4, policies.Reference(stale=torch.zeros(3)))
+
+
 def test_given_continuations_are_scored_token_by_token(engine: Engine, tmp_path: Path) -> None:
     target = tokens(TAU + 3, 8)
     item = Item(
@@ -292,8 +351,6 @@ def test_seeds_belong_to_random_policies() -> None:
 
 def test_the_papers_own_baselines() -> None:
     """8,192 tokens are 512 pages of 16: everything beyond is drawn, one page in ten."""
-    from flashmem.types import PageView
-
     view = PageView(num_pages=1512, page_chunks=4, num_chunks=6048, always=(0, 1510, 1511), logits_N=None)
     config, reference = LSAConfig(page_chunks=4), policies.Reference()
     tail, drawn, again, other = (

@@ -12,6 +12,7 @@ from xml.etree import ElementTree
 import pytest
 
 from flashmem.evaluation import compare, metrics, stats
+from flashmem.evaluation.compare import plain
 from flashmem.evaluation.report import write_report
 from flashmem.evaluation.table import markdown
 
@@ -170,6 +171,20 @@ def test_ablations_are_compared_with_the_first_run(rows: list[dict[str, Any]], t
     assert other["holm_p"] == other["paired"].mcnemar_p == 2 / 64
     table = compare_table(compared)
     assert "| tau16 | tau 16 | 36 |" in table and "0 / 6" in table
+
+
+def test_other_policies_of_the_first_run_are_compared_with_it(rows: list[dict[str, Any]], tmp_path: Path) -> None:
+    first, second = write_run(tmp_path / "tau64", rows), write_run(tmp_path / "tau16", rows, tau=16)
+    compared = compare([first, second], also=["full"])
+    assert [(run["name"], run["policy"]) for run in compared["runs"]] == [
+        ("tau64", "lsa"), ("full", "full"), ("tau16", "lsa"),
+    ]  # fmt: skip
+    full, other = (run["paired"] for run in compared["runs"][1:])
+    assert (full.gained, full.lost, other.gained) == (3, 0, 0)
+    assert json.loads(json.dumps(plain(compared)))["runs"][1]["paired"]["gained"] == 3
+    assert [run["name"] for run in compare([first], also=["full"])["runs"]] == ["tau64", "full"]
+    with pytest.raises(ValueError, match="tau64 has no policy 'oracle@match'"):
+        compare([first, second], also=["oracle@match"])
 
 
 def compare_table(compared: dict[str, Any]) -> str:

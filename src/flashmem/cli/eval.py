@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -156,6 +156,9 @@ def report(
 def compare(
     results: Annotated[list[Path], typer.Argument(help="Directories of runs on the same items, the reference first.")],
     policy: Annotated[str, typer.Option(help="Whose answers are compared.")] = "lsa",
+    also: Annotated[
+        str | None, typer.Option(help="Other policies of the first run, compared too.", show_default="none")
+    ] = None,
     margin: Annotated[float, typer.Option(help="Points that non-inferior may lie below, as a share.")] = 0.02,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the table there, as Markdown.")] = None,
     json: Json = False,
@@ -165,18 +168,14 @@ def compare(
     Example: `flashmem eval compare results/tau64 results/tau16 results/tau128`
     """
     from ..evaluation.compare import compare as compare_runs
-    from ..evaluation.compare import table_of
+    from ..evaluation.compare import plain, table_of
 
-    compared = compare_runs(results, policy=policy, margin=margin)
+    compared = compare_runs(results, policy=policy, also=also.split(",") if also else (), margin=margin)
     table = table_of(compared).markdown()
     if output is not None:
         output.write_text(table + "\n", encoding="utf-8")
     if json:
-        runs = [
-            {name: asdict(value) if name == "paired" and value is not None else value for name, value in run.items()}
-            for run in compared["runs"]
-        ]
-        answer_json({**compared, "runs": runs})
+        answer_json(plain(compared))
     else:
         answer(table)
 

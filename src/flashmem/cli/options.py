@@ -67,6 +67,9 @@ class EngineOptions:
     recency_pages: Annotated[int | None, _lsa(_BASE.recency_pages, "Last pages, always kept.")] = None
     tau: Annotated[int | None, _lsa(_BASE.tau, "Decode steps per cycle.")] = None
     observation_window: Annotated[int | None, _lsa("the indexer's", "Last tokens that level 1 reads.")] = None
+    ensemble: Annotated[
+        Literal["max", "mean"] | None, _lsa("the indexer's", "How logits of layers and observed tokens combine.")
+    ] = None
     rescue: Annotated[
         bool, typer.Option("--rescue", help="Widen a selection seen to be too small.", rich_help_panel=_LSA)
     ] = False
@@ -102,6 +105,7 @@ class EngineOptions:
             "recency_pages": self.recency_pages,
             "tau": self.tau,
             "observation_window": self.observation_window,
+            "ensemble": self.ensemble,
             "rescue": self.rescue or None,
             "kv_format": self.kv_format,
             "prefill_chunk": self.prefill_chunk,

@@ -21,7 +21,6 @@ import torch
 from ..engine import Engine, Session
 from ..memory import MANIFEST as MEMORY_MANIFEST
 from ..memory import SavedMemory
-from ..policy import page_scores
 from ..types import PageView, Scorer, Selection
 from .decoding import Answer, decode
 from .items import Content, Document, Item
@@ -39,7 +38,7 @@ class Reading:
 
     snapshot: SavedMemory
     stale: torch.Tensor
-    """Page scores [P] of level 1 at its end."""
+    """Chunk logits [N] of level 1 at its end."""
     starts: Sequence[int] | None
     """First character of every token, where the document is text."""
     chat: tuple[str, str] = ("", "")
@@ -69,11 +68,11 @@ def read_document(
         with engine.session() as session:
             session.append(ids, on_progress=tell)
             session.save(path)
-    ranking = _Ranking()
+    listener = _Listener()
     with engine.open(path) as opened:
         snapshot = opened.snapshot()
-    with engine.resume(snapshot, policy=ranking) as session:
-        reading = Reading(session.snapshot(), ranking.scores, starts, around)
+    with engine.resume(snapshot, policy=listener) as session:
+        reading = Reading(session.snapshot(), listener.logits_N, starts, around)
     yield reading
     if not keep:
         for file in path.iterdir():
@@ -108,7 +107,7 @@ def answer_conversation(
             for contender in contenders
         }
         for item, reference in zip(turns, references, strict=True):
-            question = _question_ids(engine, reading, item)
+            question = question_ids(engine, reading, item)
 
             def go_on(
                 _: ExitStack, contender: Contender, __: int,
@@ -203,11 +202,11 @@ def _target_ids(engine: Engine, item: Item) -> Sequence[int] | None:
 def _asked(engine: Engine, reading: Reading, item: Item) -> SavedMemory:
     """A snapshot of the document with the question behind it."""
     with engine.resume(reading.snapshot, policy=_Nothing()) as session:
-        session.append(_question_ids(engine, reading, item))
+        session.append(question_ids(engine, reading, item))
         return session.snapshot()
 
 
-def _question_ids(engine: Engine, reading: Reading, item: Item) -> Sequence[int]:
+def question_ids(engine: Engine, reading: Reading, item: Item) -> Sequence[int]:
     """The question, what the chat template puts behind it, and how the answer is made to begin."""
     if not isinstance(item.question, str):
         return item.question
@@ -218,18 +217,18 @@ def _memory_name(engine: Engine, ids: Sequence[int]) -> str:
     return hashlib.sha256(json.dumps([engine.identity(), ids]).encode()).hexdigest()[:24]
 
 
-class _Ranking:
-    """Looks at level 1's scores and keeps only what must be kept."""
+class _Listener:
+    """Notes level 1's scores and keeps only what must be kept."""
 
-    name = "ranking"
+    name = "listener"
     scorer: Scorer = "memory"
 
     def __init__(self) -> None:
-        self.scores = torch.empty(0)
+        self.logits_N = torch.empty(0)
 
     def select(self, view: PageView) -> Selection:
         assert view.logits_N is not None
-        self.scores = page_scores(view.logits_N, view.page_chunks, view.num_pages)
+        self.logits_N = view.logits_N
         return Selection(view.always)
 
 
@@ -250,6 +249,7 @@ __all__ = [
     "answer_conversation",
     "answer_group",
     "chat_frame",
+    "question_ids",
     "read_document",
     "text_ids",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -16,38 +17,55 @@ _IGNORED = ("max_sessions", "prefill_chunk", "device_budget_bytes")
 """Settings that change no answer beyond rounding."""
 
 
-def compare(directories: Sequence[str | Path], *, policy: str = "lsa", margin: float = stats.MARGIN) -> dict[str, Any]:
+def compare(
+    directories: Sequence[str | Path], *, policy: str = "lsa", also: Sequence[str] = (), margin: float = stats.MARGIN
+) -> dict[str, Any]:
     """Every run's `policy` against the first run's, on items that both answered and full attention did not fail.
 
-    Raises ValueError for runs on other items, and for runs without that policy.
+    `also` names other policies of the first run, which are compared with it too. Raises ValueError for runs on other
+    items, and for runs without the policy.
     """
-    if len(directories) < 2:
-        raise ValueError("at least two runs are needed to compare")
+    if len(directories) + len(also) < 2:
+        raise ValueError("at least two runs are needed to compare, or a run and another of its policies")
     metrics = [compute(directory, margin=margin) for directory in directories]
     names = _names(directories)
     for name, other in zip(names, metrics, strict=True):
         if other["run"]["items_sha256"] != metrics[0]["run"]["items_sha256"]:
             raise ValueError(f"{name} was run on other items than {names[0]}: they cannot be paired")
-        if policy not in other["policies"]:
-            raise ValueError(f"{name} has no policy {policy!r}; it has {', '.join(other['policies'])}")
+        for wanted in (policy, *(also if other is metrics[0] else ())):
+            if wanted not in other["policies"]:
+                raise ValueError(f"{name} has no policy {wanted!r}; it has {', '.join(other['policies'])}")
     greyed = {(row["task"], row["length"]) for values in metrics for row in values["rows"] if row["greyed"]}
-    samples = [_of(directory, policy, greyed) for directory in directories]
-    rows = []
-    for index, (name, values) in enumerate(zip(names, metrics, strict=True)):
+    compared = [(name, index, policy) for index, name in enumerate(names)]
+    compared[1:1] = [(other, 0, other) for other in also]
+    first = _of(directories[0], policy, greyed)
+    rows: list[dict[str, Any]] = []
+    for name, index, label in compared:
+        samples = _of(directories[index], label, greyed)
         row: dict[str, Any] = {
             "name": name,
-            "settings": _settings(values["run"], metrics[0]["run"]) if index else {},
-            "items": len({sample["id"] for sample in samples[index]}),
-            "score": fmean(sample["score"] for sample in samples[index]),
-            **bytes_of(samples[index]),
+            "policy": label,
+            "settings": _settings(metrics[index]["run"], metrics[0]["run"]),
+            "items": len({sample["id"] for sample in samples}),
+            "score": fmean(sample["score"] for sample in samples),
+            **bytes_of(samples),
         }
-        if index:
-            row["paired"] = paired(samples[index], samples[0], margin=margin)
+        if rows:
+            row["paired"] = paired(samples, first, margin=margin)
         rows.append(row)
     adjusted = stats.holm([row["paired"].mcnemar_p for row in rows[1:]])
     for row, p in zip(rows[1:], adjusted, strict=True):
         row["holm_p"] = p
     return {"policy": policy, "margin": margin, "runs": rows}
+
+
+def plain(compared: Mapping[str, Any]) -> dict[str, Any]:
+    """The comparison as JSON values."""
+    runs = [
+        {name: asdict(value) if isinstance(value, stats.Paired) else value for name, value in run.items()}
+        for run in compared["runs"]
+    ]
+    return {**compared, "runs": runs}
 
 
 def table_of(compared: Mapping[str, Any]) -> Table:
@@ -74,10 +92,10 @@ def table_of(compared: Mapping[str, Any]) -> Table:
         )
     first = compared["runs"][0]["name"]
     text = (
-        f"Policy {compared['policy']}; settings are those that differ from {first}'s. Accuracy, and percent of a full "
-        f"cache in both accountings. Points: against {first}, on the same items; interval: paired bootstrap over "
-        "documents, 95 %; McNemar: exact, Holm's over the runs in brackets; non-inferior: not "
-        f"{100 * compared['margin']:g} points or more below."
+        f"Policy {compared['policy']}, but where a row is named after another policy of {first}; settings are those "
+        f"that differ from {first}'s. Accuracy, and percent of a full cache in both accountings. Points: against "
+        f"{first}, on the same items; interval: paired bootstrap over documents, 95 %; McNemar: exact, Holm's over the "
+        f"runs in brackets; non-inferior: not {100 * compared['margin']:g} points or more below."
     )
     head = ["run", "settings", "items", "accuracy", "KV paper", "KV all-in", "points", "interval", "gained / lost",
             "McNemar p (Holm)", "non-inferior"]  # fmt: skip
@@ -109,4 +127,4 @@ def _names(directories: Sequence[str | Path]) -> list[str]:
     return names if len(set(names)) == len(names) else [f"{path.parent.name}/{path.name}" for path in paths]
 
 
-__all__ = ["compare", "table_of"]
+__all__ = ["compare", "plain", "table_of"]

@@ -2,9 +2,11 @@
 
     full                every page: the exact model
     lsa, lsa+rescue     the engine's own rule (threshold or budget), without and with rescue
+    lsa-stale           that rule one window late: every window is selected by the scores of the level 1 before its own,
+                        the first one by those at the end of the document
     recency@match       the newest pages
     random@match        pages drawn by a seed, drawn anew every cycle (several seeds)
-    carry-over@match    the best pages by the scores of the level 1 before, at the end of the document: one window late
+    carry-over@match    the best pages by the scores at the end of the document, in every window
     native@match        the best pages by the backbone's own Lightning Indexer at the boundary
     oracle@match        the pages that the full run attended most in the cycle that follows
     recency-tail        the paper's own: a constant tail of 8,192 tokens
@@ -17,6 +19,7 @@ go on with its last number. All policies keep the sink and the newest pages, whi
 
 from __future__ import annotations
 
+import math
 import random
 import re
 from collections.abc import Callable, Sequence
@@ -34,7 +37,7 @@ STANDARD = (
 )  # fmt: skip
 TAIL_TOKENS = 8192
 """The paper's recency tail: inferred from its KV column, which is 0.029 GiB plus a tenth of the rest."""
-_PLAIN = ("full", "lsa", "lsa+rescue", "recency-tail", "random-10%")
+_PLAIN = ("full", "lsa", "lsa+rescue", "lsa-stale", "recency-tail", "random-10%")
 _BUDGETED = ("recency", "random", "carry-over", "native", "oracle", "lsa")
 _DRAWN = ("random@match", "random-10%")
 _SHARE = re.compile(r"(?P<kind>[a-z-]+)@(?P<share>match|\d*\.?\d+)")
@@ -46,7 +49,7 @@ class Contender:
 
     label: str
     kind: str
-    """full, lsa, recency, random, carry-over, native, oracle, recency-tail or random-10%."""
+    """full, lsa, lsa-stale, recency, random, carry-over, native, oracle, recency-tail or random-10%."""
     share: float | None = None
     matched: bool = False
     rescue: bool = False
@@ -66,7 +69,7 @@ class Reference:
     masses: list[torch.Tensor] = field(default_factory=list)
     """Attention [P] that the full run gave every page, summed over heads, CSA layers and steps of the cycle."""
     stale: torch.Tensor | None = None
-    """Page scores [P] of the level 1 before the question."""
+    """Chunk logits [N] of the level 1 before the question."""
 
 
 def parse_policies(names: Sequence[str], *, seeds: int = 3) -> list[Contender]:
@@ -110,6 +113,8 @@ def build(
         return AllPages()
     if contender.kind == "lsa":
         return make_policy(config if contender.share is None else replace(config, keep=contender.share))
+    if contender.kind == "lsa-stale":
+        return Stale(make_policy(config), _known(reference.stale))
     tail = -(-TAIL_TOKENS // (config.page_chunks * csa_ratio))
     if contender.kind == "recency-tail":
         return RecencyPolicy(pages=config.sink_pages + tail)
@@ -129,15 +134,15 @@ _MAKERS: dict[str, Callable[[Reference], Maker]] = {
     "recency": lambda _: lambda cycle, pages: RecencyPolicy(pages=pages),
     "random": lambda _: lambda cycle, pages: RandomPolicy(pages=pages),
     "native": lambda _: lambda cycle, pages: BudgetPolicy(pages=pages, scorer="native", name="native"),
-    "carry-over": lambda told: lambda cycle, pages: _by_scores(told.stale, pages),
-    "oracle": lambda told: lambda cycle, pages: _by_scores(_at(told.masses, cycle), pages),
+    "carry-over": lambda told: lambda cycle, pages: Stale(BudgetPolicy(pages=pages), _known(told.stale)),
+    "oracle": lambda told: lambda cycle, pages: _Ranked(_known(_at(told.masses, cycle)), pages),
 }
 
 
-def _by_scores(scores_P: torch.Tensor | None, pages: int) -> Policy:
-    if scores_P is None:
+def _known(scores: torch.Tensor | None) -> torch.Tensor:
+    if scores is None:
         raise ValueError("the item's reference lacks the scores that this policy ranks by")
-    return _Ranked(scores_P, pages)
+    return scores
 
 
 def _at(masses: Sequence[torch.Tensor], cycle: int) -> torch.Tensor | None:
@@ -156,6 +161,33 @@ class _Ranked:
 
     def select(self, view: PageView) -> Selection:
         return OraclePolicy(pages=self.pages, scores=[self.scores_P]).select(replace(view, cycle=0))
+
+
+@dataclass(slots=True)
+class Stale:
+    """A policy one window late: it sees the scores that the boundary before saw, and is asked once at each.
+
+    Chunks that did not exist then have no score; the always-kept pages are those of now.
+    """
+
+    late: Policy
+    before_N: torch.Tensor
+    """Chunk logits of the boundary before."""
+    name: str = "lsa-stale"
+    scorer: Scorer = "memory"
+
+    def __post_init__(self) -> None:
+        if self.late.scorer != "memory":
+            raise ValueError(
+                f"policy {self.late.name!r} does not go by the Memory Indexer's scores: they cannot be late"
+            )
+
+    def select(self, view: PageView) -> Selection:
+        seen_N = self.before_N.new_full((view.num_chunks,), -math.inf)
+        seen_N[: len(self.before_N)] = self.before_N
+        if view.logits_N is not None:
+            self.before_N = view.logits_N
+        return self.late.select(replace(view, logits_N=seen_N))
 
 
 @dataclass(slots=True)
@@ -196,4 +228,14 @@ class TailAndRandom:
         return Selection(tuple(sorted({*tail, *drawn})))
 
 
-__all__ = ["STANDARD", "TAIL_TOKENS", "Contender", "Reference", "Scheduled", "TailAndRandom", "build", "parse_policies"]
+__all__ = [
+    "STANDARD",
+    "TAIL_TOKENS",
+    "Contender",
+    "Reference",
+    "Scheduled",
+    "Stale",
+    "TailAndRandom",
+    "build",
+    "parse_policies",
+]

@@ -126,7 +126,7 @@ def describe(engine: Engine, items: ItemSet, contenders: Sequence[Contender], co
         "batch": config.batch,
         "limit": config.limit,
         "chat": config.chat,
-        "samples": len(contenders) * sum(len(asked) for _, asked in _limited(items, config.limit)),
+        "samples": len(contenders) * sum(len(asked) for _, asked in limited(items, config.limit)),
     }
 
 
@@ -164,7 +164,7 @@ def _append(file: TextIO, row: Mapping[str, Any]) -> None:
 
 def _work(items: ItemSet, config: RunConfig) -> Iterator[tuple[Document, list[Group]]]:
     """Documents of this shard, each with its items in groups: conversations, and questions of one task in batches."""
-    for document, kept in _limited(items, config.limit)[config.shard[0] :: config.shard[1]]:
+    for document, kept in limited(items, config.limit)[config.shard[0] :: config.shard[1]]:
         alike: dict[tuple[str | None, str | None], list[Item]] = {}
         for item in kept:
             name = (item.conversation, None) if item.conversation is not None else (None, item.task)
@@ -176,7 +176,7 @@ def _work(items: ItemSet, config: RunConfig) -> Iterator[tuple[Document, list[Gr
         yield document, groups
 
 
-def _limited(items: ItemSet, limit: int | None) -> list[tuple[Document, list[Item]]]:
+def limited(items: ItemSet, limit: int | None) -> list[tuple[Document, list[Item]]]:
     """Documents with the first `limit` items of each task and length."""
     taken: dict[tuple[str, int], int] = {}
     made: list[tuple[Document, list[Item]]] = []
@@ -196,4 +196,4 @@ def _complete(group: Group, contenders: Sequence[Contender], done: set[tuple[str
     return all((item.id, contender.key) in done for item in group for contender in contenders)
 
 
-__all__ = ["ENVIRONMENT_FILE", "RUN_FILE", "Progress", "RunConfig", "describe", "run_items"]
+__all__ = ["ENVIRONMENT_FILE", "RUN_FILE", "Progress", "RunConfig", "describe", "limited", "run_items"]
