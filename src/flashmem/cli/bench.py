@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -14,7 +14,7 @@ from ..accounting import resolve_geometry
 from ..config import KVFormat
 from .errors import ReportingGroup
 from .options import Json
-from .output import answer, answer_json, log
+from .output import answer_json, log
 from .sizes import format_bytes, parse_bytes, parse_tokens
 
 if TYPE_CHECKING:
@@ -58,34 +58,45 @@ def add_command(parent: typer.Typer) -> None:
 
 def kernels(
     device: Device = None,
-    out: Out = None,
     directory: Annotated[
         Path | None, typer.Option(help="On CUDA: where rows.jsonl goes, row by row.", show_default="none")
     ] = None,
     seconds: Annotated[float, typer.Option(help="On CUDA: start nothing new after this long.")] = 540,
     jobs: Annotated[int, typer.Option(help="On CUDA: processes that compile ahead; 0 compiles as needed.")] = 12,
-    parts: Annotated[str | None, typer.Option(help="On CUDA: parts, with commas.", show_default="all")] = None,
+    parts: Annotated[
+        str | None, typer.Option(help="On CUDA: parts, with commas; '' for peers alone.", show_default="all")
+    ] = None,
     chunks: Annotated[str, typer.Option(help="Without CUDA: sizes, with commas.")] = "4096,16384",
     rounds: Annotated[int, typer.Option(help="Without CUDA: calls that are timed.", min=1)] = 7,
+    peer: Peers = None,
+    out: Out = None,
     json: Json = False,
 ) -> None:
     """Check every kernel against float64, then time it: fused ones and their peers on CUDA, definitions elsewhere.
 
-    On CUDA it compiles, checks and times for minutes, and writes its rows to DIRECTORY as they come.
+    On CUDA it compiles, checks and times for minutes; it writes its rows to DIRECTORY as they come, and all of them to
+    OUT at the end.
 
     Example: `flashmem bench kernels --directory results/gpu_kernels`
     """
     where = _device(device)
     if where.type == "cuda":
         from ..bench import kernels as fused  # triton is behind it
+        from ..bench.peers import check
 
-        if directory is None:
-            raise ValueError("on CUDA, give --directory: rows are written there as they come")
-        names = list(fused.PARTS) if parts is None else parts.split(",")
+        names = list(fused.PARTS) if parts is None else [name for name in parts.split(",") if name]
         if unknown := sorted(set(names) - fused.PARTS.keys()):
             raise ValueError(f"no part {unknown[0]!r}; parts are {', '.join(fused.PARTS)}")
-        failed = fused.run(directory, seconds=seconds, jobs=jobs, parts=names, program="flashmem", on_line=answer)
-        if failed:
+        for name in peer or ():
+            check(name)
+        result = _run(
+            "gpu_kernels", out, json,
+            lambda: fused.run(
+                directory, seconds=seconds, jobs=jobs, parts=names, peers=peer or (), program="flashmem"
+            ),
+            fused.lines,
+        )  # fmt: skip
+        if result["failures"]:
             raise typer.Exit(1)
         return
     from ..bench import definitions
@@ -93,8 +104,10 @@ def kernels(
     sizes = [parse_tokens(size) for size in chunks.split(",")]
     if bad := [size for size in sizes if size < 64 or size % 64]:
         raise ValueError(f"chunks must be multiples of 64, got {bad[0]}")
+    peers = _peers(peer)
     _run(
-        "kernels", out, json, lambda: {"rows": definitions.run(device=where, chunks=sizes, rounds=rounds)},
+        "kernels", out, json,
+        lambda: {"peers": peers, "rows": definitions.run(device=where, chunks=sizes, rounds=rounds)},
         lambda result: [
             _table(
                 "definitions (no fused kernels on this device)", result["rows"],
@@ -309,8 +322,8 @@ def _run(
     out: Path | None,
     json: bool,
     measure: Callable[[], dict[str, Any]],
-    tables: Callable[[dict[str, Any]], list[Table]],
-) -> None:
+    tables: Callable[[dict[str, Any]], Iterable[Table | str]],
+) -> dict[str, Any]:
     """Measure, print and save."""
     from ..bench import report
 
@@ -324,6 +337,7 @@ def _run(
             console.print(table)
     if out is not None:
         report.write_result(out, name, result, started, program="flashmem")
+    return result
 
 
 Columns = Mapping[str, Callable[[dict[str, Any]], str]]
