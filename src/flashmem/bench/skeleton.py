@@ -72,6 +72,8 @@ class Skeleton:
     lead: int = 0
     kv_format: KVFormat = "fp8"
     page_chunks: int = 64
+    kernels: Literal["reference", "fused"] = "reference"
+    cuda_graphs: bool = False
     fill_tokens: int = 2048
     """Tokens of synthetic history written at a time."""
 
@@ -96,6 +98,7 @@ class Skeleton:
             policy=policy, page_chunks=self.page_chunks, tau=self.tau, lead=self.lead if mode == "lsa" else 0,
             kv_format="auto" if self.kv_format == exact else self.kv_format, prefill_chunk=self.fill_tokens,
             device_budget_bytes=sessions * memory.slots * memory.record_bytes, max_sessions=sessions,
+            kernels=self.kernels, cuda_graphs=self.cuda_graphs,
         )  # fmt: skip
 
     def session_memory(self, mode: Mode, context_tokens: int, decoded_tokens: int) -> SessionMemory:
@@ -203,6 +206,8 @@ def describe(skeleton: Skeleton) -> dict[str, Any]:
         "churn": skeleton.churn,
         "tau": skeleton.tau,
         "lead": skeleton.lead,
+        "kernels": skeleton.kernels,
+        "cuda_graphs": skeleton.cuda_graphs,
         "history": "synthetic",
     }
 

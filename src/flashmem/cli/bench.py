@@ -1,10 +1,12 @@
-"""`flashmem bench`: page swaps, decode steps, capacity and kernels, measured here."""
+"""`flashmem bench`: page swaps, decode steps and their parts, capacity and kernels, measured here."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import wraps
+from inspect import Signature, signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
 import typer
 from rich.console import Console
@@ -38,6 +40,15 @@ Keep = Annotated[float, typer.Option(help="Share of pages that LSA keeps on the 
 Churn = Annotated[float, typer.Option(help="Share of them that every window replaces.")]
 Tau = Annotated[int, typer.Option(help="Decode steps per window.")]
 Lead = Annotated[int, typer.Option(help="Steps before its window that a swap begins: 0 waits, more needs more slots.")]
+Kernels = Annotated[
+    Literal["reference", "fused"] | None,
+    typer.Option(help="What a decode step runs on.", show_default="fused on CUDA, else reference"),
+]
+Graphs = Annotated[
+    bool | None,
+    typer.Option("--graphs/--no-graphs", help="Replay captured steps.", show_default="with fused kernels on CUDA"),
+]
+Batches = Annotated[str, typer.Option(help="Sessions in a batch, with commas.")]
 PageChunks = Annotated[int, typer.Option(help="Chunks of 4 tokens per page.")]
 Windows = Annotated[int, typer.Option(help="Windows to measure, after one for warmth.", min=1)]
 KVBudget = Annotated[
@@ -51,8 +62,9 @@ HostBudget = Annotated[
 def add_command(parent: typer.Typer) -> None:
     app.command("kernels")(kernels)
     app.command("swap")(swap)
-    app.command("decode")(decode)
-    app.command("capacity")(capacity)
+    app.command("decode")(_of_a_skeleton(decode))
+    app.command("profile")(_of_a_skeleton(profile))
+    app.command("capacity")(_of_a_skeleton(capacity))
     parent.add_typer(app, name="bench")
 
 
@@ -174,21 +186,11 @@ def swap(
 
 
 def decode(
-    model: Model = "deepseek-v4-flash",
-    experts: Experts = 8,
+    made: Skeleton,
+    budgets: dict[str, int],
     context: Contexts = "256K,512K,1M",
-    batch: Annotated[str, typer.Option(help="Sessions in a batch, with commas.")] = "1,2,4,8",
+    batch: Batches = "1,2,4,8",
     windows: Windows = 2,
-    keep: Keep = 0.1,
-    churn: Churn = 0.1,
-    tau: Tau = 64,
-    lead: Lead = 0,
-    kv_format: Format = "fp8",
-    page_chunks: PageChunks = 64,
-    dtype: Dtype = "bfloat16",
-    kv_budget: KVBudget = None,
-    host_budget: HostBudget = None,
-    device: Device = None,
     peer: Peers = None,
     out: Out = None,
     json: Json = False,
@@ -201,41 +203,59 @@ def decode(
     """
     from ..bench import decode as bench
 
-    made = _skeleton(
-        model, experts=experts, keep=keep, churn=churn, tau=tau, lead=lead, kv_format=kv_format,
-        page_chunks=page_chunks, dtype=dtype, device=device,
-    )  # fmt: skip
-    budgets = _budgets(made, kv_budget, host_budget)
     contexts, batches = _sizes(context), _sizes(batch)
 
     def measured() -> dict[str, Any]:
         rows = bench.run_decode(made, contexts=contexts, batches=batches, windows=windows, **budgets)
         return {
             "peers": _peers(peer),
-            **_about(made, contexts, budgets, (windows + 1) * tau * len(batches)),
+            **_about(made, contexts, budgets, (windows + 1) * made.tau * len(batches)),
             "rows": rows,
         }
 
     _run("decode", out, json, measured, lambda result: [_steps_table(result)])
 
 
+def profile(
+    made: Skeleton,
+    budgets: dict[str, int],
+    context: Annotated[str, typer.Option(help="Tokens of history.")] = "1M",
+    batch: Batches = "1,32",
+    modes: Annotated[str, typer.Option(help="lsa, full or both, with commas.")] = "lsa",
+    windows: Windows = 2,
+    out: Out = None,
+    json: Json = False,
+) -> None:
+    """Show where the time of a decode step goes, by component, and what the first step of a window adds.
+
+    The skeleton is that of `flashmem bench decode`.
+
+    Example: `flashmem bench profile --context 1M --batch 1,32 --out results/profile.json`
+    """
+    from ..bench import profile as bench
+    from ..bench.skeleton import MODES
+
+    tokens, batches = parse_tokens(context), _sizes(batch)
+    chosen = [mode for mode in MODES if mode in modes.split(",")]
+    if unknown := sorted(set(modes.split(",")) - set(MODES)):
+        raise ValueError(f"modes are {' and '.join(MODES)}, got {unknown[0]!r}")
+
+    def measured() -> dict[str, Any]:
+        rows = bench.run_profile(
+            made, context=tokens, modes=chosen, batches=batches, windows=windows, **budgets
+        )  # fmt: skip
+        return {**_about(made, [tokens], budgets, bench.steps_of_all(made, batches, windows)), "rows": rows}
+
+    _run("profile", out, json, measured, lambda result: [_profile_table(result)])
+
+
 def capacity(
-    model: Model = "deepseek-v4-flash",
-    experts: Experts = 8,
+    made: Skeleton,
+    budgets: dict[str, int],
     context: Contexts = "256K,512K,1M",
     windows: Windows = 1,
     max_sessions: Annotated[int, typer.Option(help="Open no more than this, however many fit.", min=1)] = 64,
-    keep: Keep = 0.1,
-    churn: Churn = 0.1,
-    tau: Tau = 64,
-    lead: Lead = 0,
-    kv_format: Format = "fp8",
-    page_chunks: PageChunks = 64,
-    dtype: Dtype = "bfloat16",
-    kv_budget: KVBudget = None,
-    host_budget: HostBudget = None,
     plan: Annotated[bool, typer.Option("--plan", help="Only the memory arithmetic: nothing is built or run.")] = False,
-    device: Device = None,
     peer: Peers = None,
     out: Out = None,
     json: Json = False,
@@ -246,12 +266,8 @@ def capacity(
     """
     from ..bench import decode as bench
 
-    made = _skeleton(
-        model, experts=experts, keep=keep, churn=churn, tau=tau, lead=lead, kv_format=kv_format,
-        page_chunks=page_chunks, dtype=dtype, device=device,
-    )  # fmt: skip
-    budgets, contexts = _budgets(made, kv_budget, host_budget), _sizes(context)
-    about = {"peers": _peers(peer), **_about(made, contexts, budgets, (windows + 1) * tau)}
+    contexts = _sizes(context)
+    about = {"peers": _peers(peer), **_about(made, contexts, budgets, (windows + 1) * made.tau)}
     if plan:
         _run("capacity_plan", out, json, lambda: about, lambda result: [_plan_table(result)])
         return
@@ -279,13 +295,58 @@ def _sizes(text: str) -> list[int]:
     return sizes
 
 
-def _skeleton(model: str, *, dtype: str, device: str | None, **settings: Any) -> Skeleton:
+def _skeleton(
+    model: Model = "deepseek-v4-flash",
+    experts: Experts = 8,
+    keep: Keep = 0.1,
+    churn: Churn = 0.1,
+    tau: Tau = 64,
+    lead: Lead = 0,
+    kv_format: Format = "fp8",
+    page_chunks: PageChunks = 64,
+    dtype: Dtype = "bfloat16",
+    kernels: Kernels = None,
+    cuda_graphs: Graphs = None,
+    kv_budget: KVBudget = None,
+    host_budget: HostBudget = None,
+    device: Device = None,
+) -> tuple[Skeleton, dict[str, int]]:
+    """The skeleton that these options describe, and the bytes that its sessions may take."""
     import torch
 
     from ..bench.skeleton import Skeleton
 
-    where, geometry = _device(device), resolve_geometry(model)
-    return Skeleton(geometry=geometry, dtype=getattr(torch, dtype), device=where, **settings)
+    where = _device(device)
+    kernels = kernels or ("fused" if where.type == "cuda" else "reference")
+    made = Skeleton(
+        geometry=resolve_geometry(model), device=where, experts=experts, dtype=getattr(torch, dtype), keep=keep,
+        churn=churn, tau=tau, lead=lead, kv_format=kv_format, page_chunks=page_chunks, kernels=kernels,
+        cuda_graphs=(kernels == "fused" and where.type == "cuda") if cuda_graphs is None else cuda_graphs,
+    )  # fmt: skip
+    return made, _budgets(made, kv_budget, host_budget)
+
+
+def _of_a_skeleton(command: Callable[..., None]) -> Callable[..., None]:
+    """The command with the options of a skeleton instead of its first two parameters, skeleton and budgets."""
+    shared, own = signature(_skeleton), list(signature(command).parameters.values())[2:]
+
+    @wraps(command)
+    def run(**values: Any) -> None:
+        made, budgets = _skeleton(**{name: values.pop(name) for name in shared.parameters})
+        command(made, budgets, **values)
+
+    hints = {name: hint for each in (_skeleton, command) for name, hint in _hints(each).items()}
+    chosen = [*shared.parameters.values(), *own]
+    run.__annotations__ = {parameter.name: hints[parameter.name] for parameter in chosen}
+    run.__signature__ = Signature(  # type: ignore[attr-defined]
+        [parameter.replace(annotation=hints[parameter.name]) for parameter in chosen]
+    )
+    return run
+
+
+def _hints(function: Callable[..., Any]) -> dict[str, Any]:
+    """Annotations with their help; a skeleton's own name stands for nothing here."""
+    return get_type_hints(function, include_extras=True, localns={"Skeleton": Any})
 
 
 def _budgets(skeleton: Skeleton, kv_budget: str | None, host_budget: str | None) -> dict[str, int]:
@@ -378,6 +439,27 @@ def _steps_table(result: dict[str, Any]) -> Table:
             "": lambda row: row.get("failed", ""),
         },
     )  # fmt: skip
+
+
+def _profile_table(result: dict[str, Any]) -> Table:
+    rows = [line for row in result["rows"] for line in _profile_lines(row)]
+    return _table(
+        _title(result), rows,
+        {
+            "part of a step": lambda row: row["part"],
+            "context": lambda row: f"{row['context']:,}",
+            "mode": lambda row: row["mode"],
+            "batch": lambda row: str(row["batch"]),
+            "ms": lambda row: "" if row["ms"] is None else f"{row['ms']:.3f}",
+            "of the step": lambda row: "" if row["share"] is None else f"{row['share']:.1%}",
+        },
+    )  # fmt: skip
+
+
+def _profile_lines(row: dict[str, Any]) -> list[dict[str, Any]]:
+    from ..bench.profile import parts
+
+    return [{**row, "part": part, "ms": ms, "share": share} for part, ms, share in parts(row)]
 
 
 def _plan_table(result: dict[str, Any]) -> Table:
