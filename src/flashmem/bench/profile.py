@@ -27,7 +27,7 @@ from ..backbone.graphs import DecodeGraphs
 from ..backbone.steps import DecodeStep
 from ..engine import Engine, Session
 from ..kernels.select_chunks import fused as select
-from ..lookahead import Cycle
+from ..lookahead import Cycle, level_1
 from ..store import SessionPages, resident
 from ..store.batch import DecodeBatch
 from . import report, synthetic
@@ -60,8 +60,9 @@ FUNCTIONS = (
     *((owner, name, component) for owner in (fused_step, steps) for name, component in _OF_BOTH),
 )  # fmt: skip
 BOUNDARY = (
-    (Cycle, "_logits", "level 1: scores"), (SessionPages, "evict", "swaps"), (SessionPages, "prefetch", "swaps"),
-    (SessionPages, "flip", "swaps"),
+    (Cycle, "_logits", "level 1: scores"), (level_1, "score_group", "level 1: scores"),
+    (level_1, "select_group", "level 1: selection"), (SessionPages, "evict", "swaps"),
+    (SessionPages, "prefetch", "swaps"), (SessionPages, "flip", "swaps"),
 )  # fmt: skip
 
 
