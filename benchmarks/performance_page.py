@@ -102,6 +102,19 @@ def _of_profile(result: Row) -> Iterator[str]:
         yield f"Kernels: {kernels}{', in captured graphs' if graphs else ''}. The parts of a step add up to it.\n"
 
 
+def _of_prefill(result: Row) -> Iterator[str]:
+    yield (
+        f"{result['dtype']}, pieces of {result['prefill_chunk']:,} tokens; a stock prefill may take "
+        f"{result['peak_limit_bytes'] / 2**30:.1f} GiB beside the weights.\n"
+    )
+    for row in result["ratios"]:
+        if "seconds_ratio" in row:
+            yield (
+                f"{row['path']}, at its longest {row['tokens']:,} tokens, over flashmem at the same: "
+                f"{row['seconds_ratio']:.2f} of the seconds, {row['peak_bytes_ratio']:.2f} of the peak bytes.\n"
+            )
+
+
 def _profile_rows(result: Row) -> list[Row]:
     return [
         {**row, "part": part, "ms": ms, "share": share}
@@ -180,6 +193,17 @@ TABLES: Mapping[str, Tables] = {
             "of a step": _known("share", ".1%"),
         },
         _profile_rows,
+    ),
+    "prefill_stock": Tables(
+        "Long prefill beside the stock model", _of_prefill,
+        {
+            "path": lambda row: row["path"],
+            "tokens": _known("tokens", ","),
+            "seconds": _known("seconds", ".2f"),
+            "tokens/s": _known("tokens_per_second", ",.0f"),
+            "peak bytes beside the weights": _known("peak_bytes", ","),
+            "": lambda row: row.get("failed", ""),
+        },
     ),
     "gpu_kernels": Tables(
         "Kernels beside their peers", lambda result: iter(()),

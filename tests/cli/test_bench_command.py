@@ -48,6 +48,14 @@ def test_a_profile_shows_the_parts_of_a_step(run: Run, tmp_path: Path) -> None:
     assert saved["rows"][0]["components_ms"]
 
 
+def test_prefill_goes_beside_the_stock_model(run: Run, tmp_path: Path) -> None:
+    words = ["bench", "prefill", "--first", "256", "--context", "600", "--memory", "1GiB", "--device", "cpu"]
+    result = run(*words, "--prefill-chunk", "256", "--page-chunks", "16", "--out", tmp_path / "prefill.json")
+    assert result.exit_code == 0 and "stock, whole" in result.stdout and "flashmem" in result.stdout
+    saved = json.loads((tmp_path / "prefill.json").read_text())
+    assert [ratio["tokens"] for ratio in saved["ratios"]] == [512, 512] and saved["page_chunks"] == 16
+
+
 def test_a_plan_runs_nothing(run: Run) -> None:
     words = ["bench", "capacity", "--plan", "--kv-budget", "30GiB", "--host-budget", "200GiB", "--device", "cpu"]
     values = json.loads(run(*words, "--json").stdout)

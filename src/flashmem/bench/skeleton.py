@@ -180,12 +180,18 @@ def default_budgets(skeleton: Skeleton) -> tuple[int, int]:
 
     The rest is for what a step computes with: three tenths on the device, a fifth in main memory.
     """
-    host = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    host = free_bytes(torch.device("cpu"))
     if skeleton.device.type == "cuda":
         device = torch.cuda.mem_get_info(skeleton.device)[1] - skeleton.weight_bytes()
     else:
         device = (host - skeleton.weight_bytes()) // 2
     return max(0, device * 7 // 10), host * 8 // 10
+
+
+def free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def plan(

@@ -65,6 +65,7 @@ def add_command(parent: typer.Typer) -> None:
     app.command("decode")(_of_a_skeleton(decode))
     app.command("profile")(_of_a_skeleton(profile))
     app.command("capacity")(_of_a_skeleton(capacity))
+    app.command("prefill")(prefill)
     parent.add_typer(app, name="bench")
 
 
@@ -279,6 +280,57 @@ def capacity(
     _run("capacity", out, json, measured, lambda result: [_plan_table(result), _capacity_table(result)])
 
 
+def prefill(
+    model: Annotated[
+        str | None, typer.Option(help="Directory of a small model.", show_default="the shipped one")
+    ] = None,
+    first: Annotated[str, typer.Option(help="Tokens at which the stock paths begin; they double.")] = "4K",
+    context: Annotated[str, typer.Option(help="Tokens of our own prefills, with commas.")] = "1M",
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            help="Bytes that a stock prefill may take beside the weights.", show_default="0.9 of what is free"
+        ),
+    ] = None,
+    seconds: Annotated[float, typer.Option(help="Try no stock prefill that would take longer.")] = 60,
+    our_seconds: Annotated[float, typer.Option(help="End a prefill of ours after this long.")] = 400,
+    prefill_chunk: Annotated[int, typer.Option(help="Tokens at a time, ours and the stock model's in pieces.")] = 2048,
+    keep: Keep = 0.1,
+    page_chunks: Annotated[
+        int | None, typer.Option(help="Chunks of 4 tokens per page.", show_default="the model's own")
+    ] = None,
+    dtype: Annotated[
+        Literal["bfloat16", "float32"] | None, typer.Option(help="The model's dtype.", show_default="the model's own")
+    ] = None,
+    device: Device = None,
+    out: Out = None,
+    json: Json = False,
+) -> None:
+    """Time long prefills of a small model: the stock forward as far as it goes under a memory limit, and ours.
+
+    The stock model runs whole and in pieces with its cache; the logits of all paths are compared first.
+
+    Example: `flashmem bench prefill --context 128K,1M --out results/prefill_stock.json`
+    """
+    from ..bench import prefill as bench
+    from ..bench.skeleton import free_bytes
+
+    where, lengths, (start,) = _device(device), _sizes(context), _sizes(first)
+    settings = {"keep": keep, "prefill_chunk": prefill_chunk, "page_chunks": page_chunks}
+    given = {name: value for name, value in settings.items() if value is not None}
+    loaded, indexer, config = _small_model(model, where, dtype, **given)
+    limits = bench.Limits(
+        peak_bytes=free_bytes(where) * 9 // 10 if memory is None else parse_bytes(memory),
+        seconds=seconds,
+        our_seconds=our_seconds,
+    )
+    _run(
+        "prefill_stock", out, json,
+        lambda: bench.run(loaded, config=config, indexer=indexer, first=start, lengths=lengths, limits=limits),
+        lambda result: [_prefill_table(result), _ratio_table(result)],
+    )  # fmt: skip
+
+
 # ---- settings
 
 
@@ -293,6 +345,22 @@ def _sizes(text: str) -> list[int]:
     if bad := [size for size in sizes if size < 1]:
         raise ValueError(f"sizes must be at least 1, got {bad[0]}")
     return sizes
+
+
+def _small_model(directory: str | None, device: torch.device, dtype: str | None, **settings: Any) -> Any:
+    """A model with its indexer, and its settings with these in them."""
+    from ..accounting import shipped_model
+    from ..backbone.load import load_model
+    from ..config import ModelDefaults
+    from ..indexer import MemoryIndexer
+
+    place = Path(directory) if directory is not None else shipped_model()
+    if place is None:
+        raise ValueError("the package lacks its model: give --model")
+    defaults = ModelDefaults.of(place)
+    loaded, _ = load_model(place, device=device, dtype=dtype or defaults.dtype, device_map=None)
+    bundled = place / "indexer"
+    return loaded, MemoryIndexer.from_pretrained(bundled) if bundled.is_dir() else None, defaults.config(**settings)
 
 
 def _skeleton(
@@ -460,6 +528,32 @@ def _profile_lines(row: dict[str, Any]) -> list[dict[str, Any]]:
     from ..bench.profile import parts
 
     return [{**row, "part": part, "ms": ms, "share": share} for part, ms, share in parts(row)]
+
+
+def _prefill_table(result: dict[str, Any]) -> Table:
+    return _table(
+        f"Prefill on {result['device']}, {result['dtype']}", result["rows"],
+        {
+            "path": lambda row: row["path"],
+            "tokens": lambda row: f"{row['tokens']:,}" if "tokens" in row else "",
+            "seconds": lambda row: f"{row['seconds']:.2f}" if "seconds" in row else "",
+            "tokens/s": lambda row: f"{row['tokens_per_second']:,.0f}" if "seconds" in row else "",
+            "peak": lambda row: format_bytes(row["peak_bytes"]) if "peak_bytes" in row else "",
+            "": lambda row: row.get("failed", ""),
+        },
+    )  # fmt: skip
+
+
+def _ratio_table(result: dict[str, Any]) -> Table:
+    return _table(
+        "The stock model at its longest length over flashmem at the same", result["ratios"],
+        {
+            "path": lambda row: row["path"],
+            "tokens": lambda row: f"{row['tokens']:,}",
+            "seconds": lambda row: f"{row['seconds_ratio']:.2f}" if "seconds_ratio" in row else "",
+            "peak bytes": lambda row: f"{row['peak_bytes_ratio']:.2f}" if "peak_bytes_ratio" in row else "",
+        },
+    )  # fmt: skip
 
 
 def _plan_table(result: dict[str, Any]) -> Table:
