@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..kernels.paged import overwrite
+from ..kernels.paged import to_device
 from ..kernels.select_pages import select_pages
 from ..policy import TEMPERATURE
 from ..types import ByPageScores, PageLimits, PageView, Selection
@@ -100,9 +100,9 @@ def select_group(
     config, device = cycles[0].config, scores_BP.device
     limits = [_limits(cycle, view) for cycle, view in zip(cycles, views, strict=True)]
     numbers = torch.tensor([[view.num_pages for view in views], [x.least for x in limits], [x.most for x in limits]])
-    pages_B, least_B, most_B = _on(device, numbers.int())
+    pages_B, least_B, most_B = to_device(numbers.int(), device)
     none = float("inf")  # no page is above it
-    threshold_B = _on(device, torch.tensor([none if x.threshold is None else x.threshold for x in limits]))
+    threshold_B = to_device(torch.tensor([none if x.threshold is None else x.threshold for x in limits]), device)
     above_BP = (best_BP > threshold_B[:, None]).int()
     picks = select_pages(
         scores_BP, pages_B, least_B, most_B, sink=config.sink_pages, recency=config.recency_pages,
@@ -125,12 +125,6 @@ def select_group(
 def _limits(cycle: Cycle, view: PageView) -> PageLimits:
     assert isinstance(cycle.policy, ByPageScores)
     return cycle.policy.limits(view)
-
-
-def _on(device: torch.device, values: torch.Tensor) -> torch.Tensor:
-    out = torch.empty_like(values, device=device)
-    overwrite(out, values)
-    return out
 
 
 __all__ = ["Choice", "choose"]
