@@ -99,7 +99,8 @@ def _of_profile(result: Row) -> Iterator[str]:
     yield from _of_skeleton(result)
     how = {(row["kernels"], row["cuda_graphs"]) for row in result["rows"] if "failed" not in row}
     for kernels, graphs in sorted(how):
-        yield f"Kernels: {kernels}{', in captured graphs' if graphs else ''}. The parts of a step add up to it.\n"
+        yield f"Kernels: {kernels}{', in captured graphs' if graphs else ''}. The parts of a step add up to it. "
+        yield "A limit is the time that a part's bytes take at the rate of a copy on the device.\n"
 
 
 def _of_prefill(result: Row) -> Iterator[str]:
@@ -116,11 +117,7 @@ def _of_prefill(result: Row) -> Iterator[str]:
 
 
 def _profile_rows(result: Row) -> list[Row]:
-    return [
-        {**row, "part": part, "ms": ms, "share": share}
-        for row in result["rows"]
-        for part, ms, share in profile.parts(row)
-    ]
+    return [{**row, **line} for row in result["rows"] for line in profile.parts(row)]
 
 
 def _gpu_kernels_rows(result: Row) -> list[Row]:
@@ -191,6 +188,7 @@ TABLES: Mapping[str, Tables] = {
             "batch": _known("batch", ","),
             "ms": _known("ms", ".3f"),
             "of a step": _known("share", ".1%"),
+            "limit, ms": _known("limit_ms", ".3f"),
         },
         _profile_rows,
     ),

@@ -29,7 +29,7 @@ def test_parts_add_up_to_the_step() -> None:
     assert sum("failed" in row for row in rows) == 2
     for row in rows:
         if "failed" in row:
-            assert [part for part, _, _ in profile.parts(row)] == [row["failed"]]
+            assert [line["part"] for line in profile.parts(row)] == [row["failed"]]
             continue
         assert sum(row["components_ms"].values()) + row["host_gap_ms"] == pytest.approx(row["step_ms"], abs=1e-2)
         extra = row["first_step_of_window_ms"] - row["step_ms"]
@@ -39,6 +39,26 @@ def test_parts_add_up_to_the_step() -> None:
         assert names <= row["components_ms"].keys()
         assert ("level 1: scores" in row["boundary_ms"]) and row["boundary_ms"]["swaps"] > 0
         assert len(list(profile.parts(row))) == len(row["components_ms"]) + len(row["boundary_ms"]) + 3
+
+
+def test_bytes_are_those_of_weights_and_resident_pages() -> None:
+    skeleton = small_skeleton(keep=0.3)
+    memory = skeleton.session_memory("lsa", 256, 40)
+    engine = Engine(skeleton.model(), config=skeleton.config("lsa", 256, 1, memory))
+    session = engine.session()
+    synthetic.fill(engine, session, 256)
+    sizes, model, g = profile.component_bytes(engine, [session]), engine.backbone.model, engine.geometry
+    assert sizes["lm head"] == model.lm_head.weight.nbytes
+    assert sizes["MoE: experts"] == sum(p.nbytes for n, p in model.named_parameters() if "mlp.experts" in n)
+    weights = sum(size for name, size in sizes.items() if not name.startswith(("attention: C", "attention: H")))
+    assert weights < sum(p.nbytes for p in model.parameters()) * 1.2
+    chunks = len(session.pages.resident) * 4
+    assert sizes["level 2: scores"] == len(g.csa_layers) * chunks * (g.index_head_dim + 4 + 4)
+    token = (16 + 2 * 4) * 64 * 4
+    assert sizes["attention: window only"] == token
+    assert sizes["attention: HCA and window"] == token + 2 * engine.layout.kv_spec.entry_bytes
+    assert sizes["attention: CSA and window"] == 2 * (token + 8 * engine.layout.kv_spec.entry_bytes)
+    engine.close()
 
 
 @pytest.mark.usefixtures("triton_device")
@@ -88,4 +108,4 @@ def test_parts_of_a_step_on_a_device(graphs: bool) -> None:
     device = torch.device("cuda", torch.cuda.current_device())
     (row,) = run([2], ["lsa"], kernels="fused", cuda_graphs=graphs, device=device, dtype=torch.bfloat16)
     assert sum(row["components_ms"].values()) + row["host_gap_ms"] == pytest.approx(row["step_ms"], abs=1e-2)
-    assert row["device_ms"] > 0 and row["components_ms"]["mHC"] > 0
+    assert row["limits_ms"]["lm head"] > 0 and row["device_ms"] > 0 and row["components_ms"]["mHC"] > 0

@@ -11,6 +11,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import torch
 
 from . import kernel_resources, report
 
-COLD_BYTES = 256 << 20
+COLD_BYTES, COPY_BYTES = 256 << 20, 2 << 30
 
 
 class Run:
@@ -122,6 +123,12 @@ def eager_seconds(call: Callable[[], object], runs: int = 7) -> float:
         call()
     torch.cuda.synchronize()
     return statistics.median(elapsed(call) for _ in range(runs))
+
+
+def copy_bytes_per_second(device: torch.device) -> float:
+    """Bytes read and written by a copy on the device."""
+    source, target = (torch.randint(0, 255, (COPY_BYTES,), dtype=torch.uint8, device=device) for _ in range(2))
+    return 2 * COPY_BYTES / statistics.median(elapsed(partial(target.copy_, source)) for _ in range(15))
 
 
 def time_peer(

@@ -34,7 +34,7 @@ from ..kernels.sparse_attention import fused as attention
 from . import kernel_cases, kernel_resources, report
 from .kernel_cases import PAGE_CHUNKS, TEMPERATURE, THRESHOLD, PoolCase, ScoreCase, page_scores_fused
 from .kernel_peers import run_deep_gemm
-from .kernel_timing import Run, elapsed, relative_error, tiles_name, time_peer
+from .kernel_timing import Run, copy_bytes_per_second, elapsed, relative_error, tiles_name, time_peer
 from .peers import state as peer_state
 
 SCALE = kernel_cases.HEAD_DIM**-0.5
@@ -46,7 +46,7 @@ OTHER_SCORES = (
     ScoreCase(262_144, 8, layers=1), ScoreCase(262_144, 1), ScoreCase(65_536, 1), ScoreCase(65_536, 8),
     ScoreCase(65_536, 32), ScoreCase(131_072, 8), ScoreCase(262_144, 32), ScoreCase(262_144, 8, planar=False),
 )  # fmt: skip
-COPY_BYTES, PRODUCT_SIZE = 2 << 30, 8192
+PRODUCT_SIZE = 8192
 PEER_CHUNKS = (65_536, 262_144)
 RESIDENT_CHUNKS = (6144, 12_288, 24_576)
 BATCHES = (1, 8, 32, 64)
@@ -64,7 +64,7 @@ TOLERANCES = {"fp32": 1e-5, "fp16": 1e-3, "bf16": 1e-2, "fp8": 2e-3, "fp8x2": 2e
 
 
 def run_ceilings(run: Run) -> None:
-    run.copy_bytes_per_second = _copy_bytes_per_second(run.device)
+    run.copy_bytes_per_second = copy_bytes_per_second(run.device)
     size = PRODUCT_SIZE
     a, b = (torch.randn(size, size, device=run.device) for _ in range(2))
     one = torch.ones((), device=run.device)
@@ -86,12 +86,6 @@ def run_ceilings(run: Run) -> None:
         copy_gb_per_s=round(run.copy_bytes_per_second / 1e9, 1),
         **{f"{name}_tflop_per_s": round(rate / 1e12, 1) for name, rate in run.flops_per_second.items()},
     )
-
-
-def _copy_bytes_per_second(device: torch.device) -> float:
-    """Bytes read and written by a copy on the device."""
-    source, target = (torch.randint(0, 255, (COPY_BYTES,), dtype=torch.uint8, device=device) for _ in range(2))
-    return 2 * COPY_BYTES / statistics.median(elapsed(partial(target.copy_, source)) for _ in range(15))
 
 
 # ---- checks

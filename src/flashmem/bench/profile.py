@@ -6,6 +6,8 @@ in the stream, and in the graph if steps are captured. Marks cost time themselve
 that the components of a step add up to the device's time, and with the host's gap to the step.
 
 What no component claims is the component `OTHER`. A negative time is a component that is shorter than its marks.
+`limits_ms` says how long the bytes that a component must read take at the rate of a copy on the device, measured in the
+same run: weights once, index keys of resident chunks, windows and the entries that attention reads.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ from ..store import SessionPages, resident
 from ..store.batch import DecodeBatch
 from . import report, synthetic
 from .decode import TOKEN
+from .kernel_timing import copy_bytes_per_second
 from .skeleton import Mode, Skeleton
 
 OTHER = "embedding, rotary tables, final norm"
@@ -134,7 +137,7 @@ def marked(engine: Engine, marks: Marks) -> Iterator[None]:
                 undo.enter_context(_replaced(owner, "attend", _part(marks, lambda *_: BOOKKEEPING, first=_Kind())))
                 undo.enter_context(_replaced(owner, "_put", _part(marks, lambda *_: BOOKKEEPING)))
             for owner, name in ((fused_step, "attend_rows"), (steps, "attend")):
-                undo.enter_context(_replaced(owner, name, _part(marks, lambda *_: f"attention: {_Kind.now}")))
+                undo.enter_context(_replaced(owner, name, _part(marks, lambda *_: _Kind.now)))
             for layer in layers:
                 undo.enter_context(_hooked(layer, marks, "mHC"))
                 for name, component in MODULES.items():
@@ -152,9 +155,11 @@ class _Kind:
     now = ""
 
     def __call__(self, step: Any, attention: Any, *_: Any) -> None:
-        _Kind.now = {"window": "window only"}.get(
-            kind := step.pool.geometry.layer_kinds[attention.layer_idx], f"{kind.upper()} and window"
-        )
+        _Kind.now = _attention(step.pool.geometry.layer_kinds[attention.layer_idx])
+
+
+def _attention(kind: str) -> str:
+    return "attention: window only" if kind == "window" else f"attention: {kind.upper()} and window"
 
 
 Wrap = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -287,17 +292,17 @@ def steps_of_all(skeleton: Skeleton, batches: Sequence[int], windows: int) -> in
     return len(batches) * (windows + 3) * skeleton.tau
 
 
-def parts(row: Mapping[str, Any]) -> Iterator[tuple[str, float | None, float | None]]:
-    """A row as lines (part, milliseconds, share of a step inside a window); the parts of a step add up to it."""
+def parts(row: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """A row as lines: part, ms, share of a step inside a window, and limit_ms; the parts of a step add up to it."""
     if "failed" in row:
-        yield row["failed"], None, None
+        yield {"part": row["failed"], "ms": None, "share": None, "limit_ms": None}
         return
-    step = row["step_ms"]
-    inside = {**row["components_ms"], "host, not hidden by the device": row["host_gap_ms"], "a step": step}
-    yield from ((name, ms, ms / step) for name, ms in inside.items())
-    for name, ms in row["boundary_ms"].items():
-        yield f"first step of a window, beside that: {name}", ms, ms / step
-    yield f"mean step over windows of {row['tau']}", row["mean_step_ms"], row["mean_step_ms"] / step
+    step, limits = row["step_ms"], row["limits_ms"]
+    lines = {**row["components_ms"], "host, not hidden by the device": row["host_gap_ms"], "a step": step}
+    lines |= {f"first step of a window, beside that: {name}": ms for name, ms in row["boundary_ms"].items()}
+    lines[f"mean step over windows of {row['tau']}"] = row["mean_step_ms"]
+    for part, ms in lines.items():
+        yield {"part": part, "ms": ms, "share": ms / step, "limit_ms": limits.get(part)}
 
 
 def profile(engine: Engine, sessions: Sequence[Session], windows: int) -> dict[str, Any]:
@@ -323,6 +328,8 @@ def profile(engine: Engine, sessions: Sequence[Session], windows: int) -> dict[s
     mark = (sum(raw.values()) - device_time) / (counts.total() - 1)
     components = {name: seconds - mark * counts[name] for name, seconds in raw.items()}
     components[OTHER] += mark  # the measurement without marks has one interval of its own
+    rate = copy_bytes_per_second(device) if device.type == "cuda" else None
+    sizes = component_bytes(engine, sessions)
     return {
         "windows": windows,
         "kernels": engine.config.kernels,
@@ -333,11 +340,44 @@ def profile(engine: Engine, sessions: Sequence[Session], windows: int) -> dict[s
         "mark_us": round(1e6 * mark, 3),
         "marks": counts.total(),
         "components_ms": {name: _ms(components[name]) for name in sorted(components, key=lambda at: -components[at])},
+        "bytes": sizes,
+        "copy_gb_per_s": None if rate is None else round(rate / 1e9, 1),
+        "limits_ms": {} if rate is None else {name: _ms(size / rate) for name, size in sizes.items()},
         "first_step_of_window_ms": _ms(mean(firsts)),
         "boundary_ms": _boundary(boundary_seconds, mean(firsts) - step, windows),
         "tau": tau,
         "mean_step_ms": _ms(mean(wall for wall, _, _ in steps_taken)),
     }
+
+
+def component_bytes(engine: Engine, sessions: Sequence[Session]) -> dict[str, int]:
+    """Bytes that a step must read or write, by component, for those where it can be said."""
+    g, layout, model = engine.geometry, engine.layout, engine.backbone.model
+    found: Counter[str] = Counter({"lm head": _weights(model.lm_head)})
+    for layer in model.model.layers:
+        for name, component in MODULES.items():
+            if name not in ("self_attn", "mlp"):  # their own weights are norms
+                found[component] += _weights(layer.get_submodule(name))
+        if (compressor := layer.self_attn.compressor) is not None:
+            pools = [compressor, *([compressor.indexer] if hasattr(compressor, "indexer") else [])]
+            found["compressor: projections"] += sum(_weights(x.kv_proj) + _weights(x.gate_proj) for x in pools)
+            for indexer in pools[1:]:
+                found["level 2: query"] += _weights(indexer.q_b_proj) + _weights(indexer.scorer.weights_proj)
+    picks = min(model.config.num_experts_per_tok * len(sessions), model.config.n_routed_experts)
+    found["MoE: experts"] = found["MoE: experts"] * picks // model.config.n_routed_experts
+    itemsize = model.lm_head.weight.element_size()
+    token = (g.sliding_window + 2 * g.num_heads) * g.head_dim * itemsize  # window, queries and results
+    for session in sessions:
+        chunks = min(session.pages.num_chunks, len(session.pages.resident) * layout.page_chunks)
+        found["level 2: scores"] += len(g.csa_layers) * chunks * (layout.key_form.row_bytes + 4)  # and a score of each
+        entries = {"csa": min(g.index_topk, chunks), "hca": session.state.num_hca_entries(), "window": 0}
+        for kind in g.layer_kinds:
+            found[_attention(kind)] += token + entries[kind] * layout.kv_spec.entry_bytes
+    return dict(found)
+
+
+def _weights(module: torch.nn.Module) -> int:
+    return sum(parameter.nbytes for parameter in module.parameters())
 
 
 def _boundary(seconds: Mapping[str, float], extra: float, windows: int) -> dict[str, float]:
@@ -361,4 +401,15 @@ def _ms(seconds: float) -> float:
     return round(1e3 * seconds, 5)
 
 
-__all__ = ["FUNCTIONS", "MODULES", "OTHER", "Marks", "marked", "parts", "profile", "run_profile", "steps_of_all"]
+__all__ = [
+    "FUNCTIONS",
+    "MODULES",
+    "OTHER",
+    "Marks",
+    "component_bytes",
+    "marked",
+    "parts",
+    "profile",
+    "run_profile",
+    "steps_of_all",
+]

@@ -520,6 +520,7 @@ def _profile_table(result: dict[str, Any]) -> Table:
             "batch": lambda row: str(row["batch"]),
             "ms": lambda row: "" if row["ms"] is None else f"{row['ms']:.3f}",
             "of the step": lambda row: "" if row["share"] is None else f"{row['share']:.1%}",
+            "limit ms": lambda row: "" if row["limit_ms"] is None else f"{row['limit_ms']:.3f}",
         },
     )  # fmt: skip
 
@@ -527,7 +528,7 @@ def _profile_table(result: dict[str, Any]) -> Table:
 def _profile_lines(row: dict[str, Any]) -> list[dict[str, Any]]:
     from ..bench.profile import parts
 
-    return [{**row, "part": part, "ms": ms, "share": share} for part, ms, share in parts(row)]
+    return [{**row, **line} for line in parts(row)]
 
 
 def _prefill_table(result: dict[str, Any]) -> Table:
