@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import ROOT, log
+from flashmem.bench import profile
 
 PAGE = ROOT / "docs" / "performance.md"
 Row = Mapping[str, Any]
@@ -54,7 +55,7 @@ def _section(path: Path) -> Iterator[str]:
     yield f"## {tables.title} ({path.name})\n"
     yield f"`{result['command']}` on {where}; torch {machine['torch']}, commit {machine['commit']}.\n"
     yield from tables.text(result)
-    yield _markdown(tables.columns, result["rows"])
+    yield _markdown(tables.columns, tables.rows(result))
 
 
 def _markdown(columns: Mapping[str, Callable[[Row], str]], rows: Sequence[Row]) -> str:
@@ -67,9 +68,13 @@ class Tables:
     """How the result of one bench is shown."""
 
     def __init__(
-        self, title: str, text: Callable[[Row], Iterator[str]], columns: Mapping[str, Callable[[Row], str]]
+        self,
+        title: str,
+        text: Callable[[Row], Iterator[str]],
+        columns: Mapping[str, Callable[[Row], str]],
+        rows: Callable[[Row], Sequence[Row]] = lambda result: result["rows"],
     ) -> None:
-        self.title, self.text, self.columns = title, text, columns
+        self.title, self.text, self.columns, self.rows = title, text, columns, rows
 
 
 def _of_pages(result: Row) -> Iterator[str]:
@@ -88,6 +93,41 @@ def _of_skeleton(result: Row) -> Iterator[str]:
         f"for KV. LSA keeps {model['keep']:.1%} of the pages and replaces {model['churn']:.0%} of these in every "
         f"window of {model['tau']} steps.\n"
     )
+
+
+def _of_profile(result: Row) -> Iterator[str]:
+    yield from _of_skeleton(result)
+    how = {(row["kernels"], row["cuda_graphs"]) for row in result["rows"] if "failed" not in row}
+    for kernels, graphs in sorted(how):
+        yield f"Kernels: {kernels}{', in captured graphs' if graphs else ''}. The parts of a step add up to it. "
+        yield "A limit is the time that a part's bytes take at the rate of a copy on the device.\n"
+
+
+def _of_prefill(result: Row) -> Iterator[str]:
+    yield (
+        f"{result['dtype']}, pieces of {result['prefill_chunk']:,} tokens; a stock prefill may take "
+        f"{result['peak_limit_bytes'] / 2**30:.1f} GiB beside the weights.\n"
+    )
+    for row in result["ratios"]:
+        if "seconds_ratio" in row:
+            yield (
+                f"{row['path']}, at its longest {row['tokens']:,} tokens, over flashmem at the same: "
+                f"{row['seconds_ratio']:.2f} of the seconds, {row['peak_bytes_ratio']:.2f} of the peak bytes.\n"
+            )
+
+
+def _profile_rows(result: Row) -> list[Row]:
+    return [{**row, **line} for row in result["rows"] for line in profile.parts(row)]
+
+
+def _gpu_kernels_rows(result: Row) -> list[Row]:
+    """Peers beside ours, those that are not there too; all rows are in the file."""
+    return [row for row in result["rows"] if "peer" in row]
+
+
+def _peer_us(name: str) -> Callable[[Row], str]:
+    """A time from graphs, or as called from Python."""
+    return lambda row: next((f"{row[key]:,.1f}" for key in (f"{name}warm_us", f"{name}us") if key in row), "-")
 
 
 def _known(name: str, form: str) -> Callable[[Row], str]:
@@ -138,6 +178,45 @@ TABLES: Mapping[str, Tables] = {
             "throughput, LSA / full": _known("throughput_ratio", ".2f"),
             "": lambda row: row.get("failed", ""),
         },
+    ),
+    "profile": Tables(
+        "Where the time of a decode step goes", _of_profile,
+        {
+            "part": lambda row: row["part"],
+            "context": _known("context", ","),
+            "mode": lambda row: row["mode"],
+            "batch": _known("batch", ","),
+            "ms": _known("ms", ".3f"),
+            "of a step": _known("share", ".1%"),
+            "limit, ms": _known("limit_ms", ".3f"),
+        },
+        _profile_rows,
+    ),
+    "prefill_stock": Tables(
+        "Long prefill beside the stock model", _of_prefill,
+        {
+            "path": lambda row: row["path"],
+            "tokens": _known("tokens", ","),
+            "seconds": _known("seconds", ".2f"),
+            "tokens/s": _known("tokens_per_second", ",.0f"),
+            "peak bytes beside the weights": _known("peak_bytes", ","),
+            "": lambda row: row.get("failed", ""),
+        },
+    ),
+    "gpu_kernels": Tables(
+        "Kernels beside their peers", lambda result: iter(()),
+        {
+            "what": lambda row: row["bench"],
+            "peer": lambda row: row["peer"],
+            "chunks": _known("chunks", ","),
+            "batch": _known("batch", ","),
+            "precision": lambda row: row.get("precision", row.get("kv_format", "-")),
+            "peer, us": _peer_us(""),
+            "ours, us": _peer_us("ours_"),
+            "peer / ours": _known("ratio", ".2f"),
+            "": lambda row: row.get("state", row.get("failed", "")),
+        },
+        _gpu_kernels_rows,
     ),
     "kernels": Tables(
         "Operations without fused kernels", lambda result: iter(()),

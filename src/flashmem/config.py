@@ -276,7 +276,7 @@ class LSAConfig:
     prefill_chunk: int = 512
     """Tokens per prefill forward."""
     kernels: Literal["reference", "fused"] = "reference"
-    """What a decode step runs on: PyTorch over gathered entries, or Triton over pages where they lie (CUDA only)."""
+    """What decode steps and level 1 run on: PyTorch over gathered entries, or Triton where they lie (CUDA only)."""
     cuda_graphs: bool = False
     """Decode by replaying captured CUDA graphs: fused kernels, all layers on one device, and best a device budget."""
     seed: int = 0

@@ -19,7 +19,7 @@ from .backbone.steps import DecodeStep, PickObserver, PrefillStep
 from .config import LSAConfig, ModelDefaults, ModelGeometry, check_sampling
 from .indexer import MemoryIndexer
 from .kernels.kv_codec import KVFormatSpec
-from .lookahead import Cycle, SlotShare
+from .lookahead import Cycle, SlotShare, choose
 from .memory import SavedMemory, open_memory, save_memory
 from .policy import make_policy
 from .store import PageStore, RecordLayout
@@ -306,8 +306,10 @@ class Engine:
     ) -> DecodeStep | FusedStep:
         """A step of these sessions; on the fused kernels with pads up to `size`."""
         visible = [(session.state.position + 1) // self.geometry.csa_ratio for session in sessions]
+        selecting = [session.cycle for session in sessions if session.cycle.selects_next]
+        choices = dict(zip(map(id, selecting), choose(selecting), strict=True))
         for session, count in zip(sessions, visible, strict=True):
-            session.cycle.before_step()
+            session.cycle.before_step(choices.get(id(session.cycle)))
             session.pages.reserve(count - session.pages.num_chunks)
         states, observer = [session.state for session in sessions], on_picks or self.on_picks
         if self.fused is not None and observer is None:  # the fused kernels have no scores and weights to show

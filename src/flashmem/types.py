@@ -77,6 +77,36 @@ class Policy(Protocol):
     def select(self, view: PageView) -> Selection: ...
 
 
+@dataclass(frozen=True, slots=True)
+class PageLimits:
+    """How a policy chooses among the eligible pages, if page scores are all that it needs."""
+
+    least: int
+    most: int
+    """Pages wanted: as many as are above the threshold, at least and at most this."""
+    threshold: float | None = None
+    """A logit: a page is above it when one of its chunks is. None: `most` pages are wanted."""
+    above_first: bool = False
+    """Whether pages above the threshold come before others with better scores; else `least` is `most`."""
+
+
+@runtime_checkable
+class ByPageScores(Policy, Protocol):
+    """A policy whose choice can be made beside the scores: the best pages, by score, then lower page.
+
+    What it selects is what `select` does, which sees chunk logits.
+    """
+
+    def limits(self, view: PageView) -> PageLimits: ...
+
+    def chosen(self, view: PageView, pages: tuple[int, ...], above: int) -> Selection:
+        """The selection from the best pages within the limits, the always-kept ones included, sorted.
+
+        `above`: eligible pages above the threshold. The view holds no logits.
+        """
+        ...
+
+
 class LayerHistory(Protocol):
     """All chunks of one CSA layer of one session, for prefill: resident or not, whole tiers behind it."""
 

@@ -12,7 +12,7 @@ from benchmarks.common import ROOT
 
 from bench.bench_cases import small_geometry, small_skeleton
 from benchmarks import performance_page
-from flashmem.bench import decode, report, swap
+from flashmem.bench import decode, profile, report, swap
 from flashmem.bench.skeleton import describe, plan
 
 
@@ -27,12 +27,26 @@ def test_results_become_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     skeleton, budgets = small_skeleton(), {"device_budget_bytes": 8 << 20, "host_budget_bytes": 1 << 30}
     rows = decode.run_capacity(skeleton, contexts=[256], windows=1, max_sessions=1, **budgets)
     about = {"model": describe(skeleton), "memory": plan(skeleton, [256], 8, *budgets.values())}
-    for name, result in (("swap", swaps), ("capacity", {**about, "rows": rows})):
+    parts = profile.run_profile(skeleton, context=256, modes=["lsa"], batches=[1], windows=1, **budgets)
+    peers = [
+        {"bench": "level 1 peer", "peer": "DeepGEMM and torch", "chunks": 65_536, "warm_us": 20.0, "ours_warm_us": 10.0,
+         "ratio": 2.0},
+        {"bench": "peer", "peer": "vllm", "state": "peer absent"},
+        {"bench": "level 1", "warm_us": 10.0},
+    ]  # fmt: skip
+    results = {
+        "swap": swaps, "capacity": {**about, "rows": rows}, "profile": {**about, "rows": parts},
+        "gpu_kernels": {"rows": peers},
+    }  # fmt: skip
+    for name, result in results.items():
         monkeypatch.setattr(sys, "argv", ["flashmem", "bench", name])
         report.write_result(tmp_path / f"{name}.json", name, result, report.machine(), program="flashmem")
     text = performance_page.page([tmp_path])
     assert "## Capacity (capacity.json)" in text and "**2 of 8 experts**" in text
     assert "## Page swaps (swap.json)" in text and "`flashmem bench swap`" in text
+    assert "| level 2: scores | 256 | lsa | 1 |" in text
+    assert "| level 1 peer | DeepGEMM and torch | 65,536 | - | - | 20.0 | 10.0 | 2.00 |  |" in text
+    assert "| peer absent |" in text
     assert f"{swaps['rows'][0]['peak_ratio']:.1%}" in text and performance_page.NOTHING not in text
 
 

@@ -37,6 +37,25 @@ def test_skeletons_run_small(run: Run, tmp_path: Path, command: str) -> None:
     assert values["model"]["experts_of_the_real_model"] == 8 and values["memory"]["weight_bytes"] > 0
 
 
+def test_a_profile_shows_the_parts_of_a_step(run: Run, tmp_path: Path) -> None:
+    words = ["bench", "profile", "--model", small_config(tmp_path), "--experts", "2", "--context", "512", "--tau", "4"]
+    words += ["--windows", "1", "--dtype", "float32", "--kv-budget", "3MB", "--batch", "1", *SMALL]
+    result = run(*words, "--out", tmp_path / "profile.json")
+    assert result.exit_code == 0, result.stderr
+    assert "level 2: scores" in result.stdout and "mean step over" in result.stdout
+    saved = json.loads((tmp_path / "profile.json").read_text())
+    assert saved["bench"] == "profile" and saved["model"]["kernels"] == "reference"
+    assert saved["rows"][0]["components_ms"]
+
+
+def test_prefill_goes_beside_the_stock_model(run: Run, tmp_path: Path) -> None:
+    words = ["bench", "prefill", "--first", "256", "--context", "600", "--memory", "1GiB", "--device", "cpu"]
+    result = run(*words, "--prefill-chunk", "256", "--page-chunks", "16", "--out", tmp_path / "prefill.json")
+    assert result.exit_code == 0 and "stock, whole" in result.stdout and "flashmem" in result.stdout
+    saved = json.loads((tmp_path / "prefill.json").read_text())
+    assert [ratio["tokens"] for ratio in saved["ratios"]] == [512, 512] and saved["page_chunks"] == 16
+
+
 def test_a_plan_runs_nothing(run: Run) -> None:
     words = ["bench", "capacity", "--plan", "--kv-budget", "30GiB", "--host-budget", "200GiB", "--device", "cpu"]
     values = json.loads(run(*words, "--json").stdout)
@@ -56,6 +75,7 @@ def test_kernels_without_cuda_are_the_definitions(run: Run) -> None:
         (("swap", "--churn", "x"), "could not convert"),
         (("swap", "--peer", "nobody"), "no peer 'nobody'"),
         (("swap", "--device", "cuda:99"), "cuda:99"),
+        (("profile", "--modes", "lsa,half", "--device", "cpu"), "modes are full and lsa, got 'half'"),
         (("kernels", "--device", "cpu", "--chunks", "65"), "multiples of 64"),
         (("capacity", "--experts", "300", "--plan", "--device", "cpu"), "experts must lie in 1..256"),
         (("decode", "--batch", "0", "--device", "cpu"), "at least 1"),

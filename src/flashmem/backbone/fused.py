@@ -23,7 +23,7 @@ from ..kernels.select_chunks import select_resident
 from ..kernels.sparse_attention import EntrySource, attend_rows
 from .compressor import pool_plain, pool_rings, project
 from .state import SessionState, StatePool
-from .steps import index_query
+from .steps import TokenStep, index_query
 
 if TYPE_CHECKING:
     from ..kernels.score_chunks.fused import Precision
@@ -117,14 +117,14 @@ class _OnDevice:
         overwrite(self.counts, torch.tensor(counts, dtype=torch.int32))
 
 
-class FusedStep:
+class FusedStep(TokenStep):
     """One token of each session of a batch, over its resident pages; see `steps.DecodeStep` for what it computes."""
 
     def __init__(self, states: Sequence[SessionState], places: StepPlaces, pages: PagesInPlace) -> None:
-        self.states, self.places, self.pages = list(states), places, pages
+        super().__init__(states)
+        self.places, self.pages = places, pages
         self.pool: StatePool = places.pool
         self.precision: Precision | None = "fp32" if self.pool.dtype is torch.float32 else None
-        self._observed: list[tuple[int, torch.Tensor]] = []
 
     @property
     def positions(self) -> torch.Tensor:
@@ -155,17 +155,6 @@ class FusedStep:
     def again(self) -> FusedStep:
         """The same step, not run yet."""
         return FusedStep(self.states, self.places, self.pages)
-
-    def observe(self) -> None:
-        """Put the hidden states of this step's tokens into the rings that level 1 reads."""
-        for layer, hidden_BE in self._observed:
-            self._put(layer, "hidden", hidden_BE)
-
-    def finish(self) -> None:
-        """Advance positions and, only now, the observed tokens: level 1 may look before a failed step is repeated."""
-        self.observe()
-        for state in self.states:
-            state.position += 1
 
     def _put(self, layer: int, name: str, values: torch.Tensor) -> torch.Tensor:
         """Write one token's values into every session's ring; return the whole tensor of rings."""

@@ -6,7 +6,7 @@ Shape letters: R = rows (one per open session), W = sliding window, D = head_dim
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -67,6 +67,14 @@ class StatePool:
         if self._padding is None:
             self._padding = self.open().row
         return self._padding
+
+    def observed(self, layer: int, states: Sequence[SessionState]) -> torch.Tensor:
+        """Hidden states [B, m, E] of the last m tokens of sessions that have observed equally many."""
+        ring = self.tensors[layer, "hidden"]
+        positions_Bm = torch.stack([state.observed_positions() for state in states])
+        rows_B1 = torch.tensor([state.row for state in states])[:, None]
+        at = torch.stack((rows_B1.expand_as(positions_Bm), positions_Bm % ring.shape[1])).to(ring.device)
+        return ring[at[0], at[1]]
 
     def close(self, row: int) -> None:
         assert row not in self.free_rows

@@ -258,21 +258,45 @@ def _key_tiles(history: LayerHistory) -> Iterator[tuple[int, torch.Tensor]]:
         yield first, history.keys(first, min(first + KEY_TILE, history.num_chunks))
 
 
-class DecodeStep:
-    """One token of each of B sessions, over their resident pages.
+class TokenStep:
+    """One token of each of some sessions: how such steps end.
 
     State is written in place, by position: what a failed step wrote is overwritten before it is read.
     """
 
+    def __init__(self, states: Sequence[SessionState]) -> None:
+        self.states = list(states)
+        self._observed: list[tuple[int, torch.Tensor]] = []
+        """Layers and hidden states [B, E] for level 1."""
+
+    def observe(self) -> None:
+        """Put the hidden states of this step's tokens into the rings that level 1 reads."""
+        for layer, hidden_BE in self._observed:
+            self._put(layer, "hidden", hidden_BE)
+
+    def finish(self) -> None:
+        """Advance positions and, only now, the observed tokens: level 1 may look before a failed step is repeated."""
+        self.observe()
+        for state in self.states:
+            state.position += 1
+
+    def _put(self, layer: int, name: str, values: torch.Tensor) -> torch.Tensor:
+        """Write one token's values into every session's ring; return rings."""
+        raise NotImplementedError
+
+
+class DecodeStep(TokenStep):
+    """One token of each of B sessions, over their resident pages."""
+
     def __init__(
         self, states: Sequence[SessionState], pages: DecodePages, on_picks: PickObserver | None = None
     ) -> None:
-        self.states, self.pages, self.on_picks = list(states), pages, on_picks
+        super().__init__(states)
+        self.pages, self.on_picks = pages, on_picks
         self.pool: StatePool = states[0].pool
         self.rows = torch.tensor([state.row for state in states])
         self.positions = torch.tensor([state.position for state in states])
         self._by_device: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
-        self._observed: list[tuple[int, torch.Tensor]] = []
         self._picked: tuple[torch.Tensor, torch.Tensor]  # of the layer that runs; only while somebody observes
 
     def attend(
@@ -300,13 +324,6 @@ class DecodeStep:
         elif g.layer_kinds[layer] == "hca":
             sets += self._hca_set(attention.compressor, layer, hidden)
         return attend(q[:, 0], sets, attention.sinks, attention.scaling)[:, None]
-
-    def finish(self) -> None:
-        """Advance positions and, only now, the observed tokens: level 1 may look before a failed step is repeated."""
-        for layer, hidden in self._observed:
-            self._put(layer, "hidden", hidden)
-        for state in self.states:
-            state.position += 1
 
     def _index(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         if device not in self._by_device:

@@ -14,6 +14,8 @@ import torch
 from ..kernels.index_rows import SCALE_BYTES, encode_index_rows
 from ..kernels.kv_codec import KVFormatSpec, PlanarForm, encode_rows, put_planar
 from ..kernels.paged import PagedRows, index_row_form
+from ..kernels.score_chunks import PageScores
+from ..kernels.score_chunks.fused import Precision, prepare_queries, score_page_reductions
 from ..kernels.score_chunks.fused import Tiles as ScoreTiles
 from ..kernels.sparse_attention import EntrySource
 from ..kernels.sparse_attention.fused import Tiles as AttendTiles
@@ -24,7 +26,7 @@ RECORD_BYTES = 938_304
 INDEX_HEADS, MEMORY_HEADS, INDEX_DIM = 64, 128, 128
 HEADS, HEAD_DIM, ROPE_DIM, WINDOW, TOP_K = 64, 512, 64, 128, 512
 TARGET_LAYERS = 3
-TEMPERATURE = 0.25
+TEMPERATURE, THRESHOLD = 0.25, 0.0
 
 SCORE_TILES = {
     "fp8": [
@@ -140,6 +142,18 @@ class PoolCase:
         """One region of whole records, so that page addresses are as far apart as in a pool."""
         records = torch.empty(self.batch * self.pages, RECORD_BYTES, dtype=torch.uint8, device=device)
         return records[:, :page_bytes]
+
+
+def page_scores_fused(
+    q: torch.Tensor, w: torch.Tensor, keys: PagedRows, precision: Precision, tiles: ScoreTiles | None = None
+) -> PageScores:
+    """All of level 1 from queries to page scores."""
+    return PageScores(
+        *score_page_reductions(
+            *prepare_queries(q, w, precision), keys, page_chunks=PAGE_CHUNKS, temperature=TEMPERATURE,
+            threshold=THRESHOLD, mean=False, tiles=tiles,
+        )
+    )  # fmt: skip
 
 
 def attention_bytes(batch: int, picks: int, kv_format: str) -> int:

@@ -3,17 +3,12 @@
 Rows are appended to DIR/rows.jsonl as they come, so that a run which is cut keeps what it has. Every row names its
 bytes, its floating-point operations, and the share of the copy bandwidth that this run measured; `floor_us` is the
 larger of bytes over that bandwidth and operations over the rate of their precision. A variant whose check failed is
-not timed.
-
-`warm_us`: median over replays of a graph of many calls on rotating inputs. `cold_us`: median of single calls after
-256 MB of other memory were written.
+not timed. Other columns: `kernel_timing`.
 """
 
 from __future__ import annotations
 
-import json
 import statistics
-import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -29,20 +24,21 @@ from ..kernels.compress import compress
 from ..kernels.index_rows import decode_index_rows, encode_index_rows
 from ..kernels.kv_codec import KVFormatSpec, PlanarForm, decode_rows, encode_rows, get_planar
 from ..kernels.paged import PagedRows
-from ..kernels.score_chunks import PageScores, score_pages
 from ..kernels.score_chunks import fused as score
+from ..kernels.score_chunks import score_pages
 from ..kernels.select_chunks import fused as select
 from ..kernels.select_chunks import lightning_scores, topk_chunks
 from ..kernels.select_pages import select_pages
 from ..kernels.sparse_attention import EntrySource, attend
 from ..kernels.sparse_attention import fused as attention
 from . import kernel_cases, kernel_resources, report
-from .kernel_cases import PAGE_CHUNKS, TEMPERATURE, PoolCase, ScoreCase
+from .kernel_cases import PAGE_CHUNKS, TEMPERATURE, THRESHOLD, PoolCase, ScoreCase, page_scores_fused
+from .kernel_peers import run_deep_gemm
+from .kernel_timing import Run, copy_bytes_per_second, elapsed, relative_error, tiles_name, time_peer
+from .peers import state as peer_state
 
-THRESHOLD = 0.0
 SCALE = kernel_cases.HEAD_DIM**-0.5
 PRECISIONS: tuple[Any, ...] = ("fp8", "fp8x2", "fp16")
-COLD_BYTES = 256 << 20
 ROTATED_BYTES = 300 << 20
 """Inputs of a warm measurement together, several times the second-level cache."""
 HEADLINE = ScoreCase(262_144, 8)
@@ -50,7 +46,7 @@ OTHER_SCORES = (
     ScoreCase(262_144, 8, layers=1), ScoreCase(262_144, 1), ScoreCase(65_536, 1), ScoreCase(65_536, 8),
     ScoreCase(65_536, 32), ScoreCase(131_072, 8), ScoreCase(262_144, 32), ScoreCase(262_144, 8, planar=False),
 )  # fmt: skip
-COPY_BYTES, PRODUCT_SIZE = 2 << 30, 8192
+PRODUCT_SIZE = 8192
 PEER_CHUNKS = (65_536, 262_144)
 RESIDENT_CHUNKS = (6144, 12_288, 24_576)
 BATCHES = (1, 8, 32, 64)
@@ -64,112 +60,11 @@ ENCODED = (8, 64, 65_536)
 TOLERANCES = {"fp32": 1e-5, "fp16": 1e-3, "bf16": 1e-2, "fp8": 2e-3, "fp8x2": 2e-3, "attend": 5e-3}
 
 
-class Run:
-    """Where rows go, how much time is left, and what the ceilings are."""
-
-    def __init__(self, directory: Path, seconds: float, device: torch.device) -> None:
-        self.directory, self.device = directory, device
-        self.end = time.monotonic() + seconds
-        self.failures: list[str] = []
-        self.rows: list[dict[str, Any]] = []
-        self.copy_bytes_per_second = 0.0
-        self.flops_per_second: dict[str, float] = {}
-        directory.mkdir(parents=True, exist_ok=True)
-        (directory / "rows.jsonl").write_text("")
-
-    def out_of_time(self) -> bool:
-        return time.monotonic() > self.end
-
-    def add(self, kind: str, **row: Any) -> None:
-        row = {"bench": kind, **row}
-        self.rows.append(row)
-        with (self.directory / "rows.jsonl").open("a") as file:
-            file.write(json.dumps(row) + "\n")
-        report.log(" ".join(f"{name}={_short(value)}" for name, value in row.items()))
-
-    def check(self, name: str, error: float, tolerance: float, **more: Any) -> bool:
-        passed = error <= tolerance  # not for a NaN
-        self.add("check", name=name, error=error, tolerance=tolerance, passed=passed, **more)
-        if not passed:
-            self.failures.append(name)
-        return passed
-
-    def time(
-        self, kind: str, calls: Sequence[Callable[[], object]], *, bytes: int, flops: int, rate: str, **more: Any
-    ) -> float:
-        warm, cold = warm_seconds(calls), cold_seconds(calls[0])
-        floor = max(bytes / self.copy_bytes_per_second, flops / self.flops_per_second[rate])
-        self.add(
-            kind,
-            **more,
-            warm_us=round(1e6 * warm, 2),
-            cold_us=round(1e6 * cold, 2),
-            floor_us=round(1e6 * floor, 2),
-            bytes=bytes,
-            flops=flops,
-            gb_per_s=round(bytes / warm / 1e9, 1),
-            tflop_per_s=round(flops / warm / 1e12, 2),
-            share_of_copy_bandwidth=round(bytes / warm / self.copy_bytes_per_second, 3),
-        )
-        return warm
-
-
-# ---- timing
-
-
-def graph_of(calls: Sequence[Callable[[], object]], repeats: int = 1) -> torch.cuda.CUDAGraph:
-    for call in calls:  # compiles, and warms up what is created once
-        call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(repeats):
-            for call in calls:
-                call()
-    graph.replay()
-    torch.cuda.synchronize()
-    return graph
-
-
-def warm_seconds(calls: Sequence[Callable[[], object]], replays: int = 15) -> float:
-    """Seconds of one call, within a graph of at least 24."""
-    repeats = -(-24 // len(calls))
-    graph = graph_of(calls, repeats)
-    return statistics.median(_elapsed(graph.replay) for _ in range(replays)) / (repeats * len(calls))
-
-
-def cold_seconds(call: Callable[[], object], replays: int = 15) -> float:
-    graph, other = graph_of([call]), torch.empty(COLD_BYTES, dtype=torch.uint8, device="cuda")
-
-    def once() -> float:
-        other.zero_()
-        return _elapsed(graph.replay)
-
-    return statistics.median(once() for _ in range(replays))
-
-
-def _elapsed(call: Callable[[], object]) -> float:
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    start.record()
-    call()
-    end.record()
-    end.synchronize()
-    return 1e-3 * start.elapsed_time(end)
-
-
-def eager_seconds(call: Callable[[], object], runs: int = 7) -> float:
-    """For peers that a graph cannot hold: with the host's gaps between launches."""
-    for _ in range(2):
-        call()
-    torch.cuda.synchronize()
-    return statistics.median(_elapsed(call) for _ in range(runs))
-
-
 # ---- ceilings
 
 
 def run_ceilings(run: Run) -> None:
-    run.copy_bytes_per_second = _copy_bytes_per_second(run.device)
+    run.copy_bytes_per_second = copy_bytes_per_second(run.device)
     size = PRODUCT_SIZE
     a, b = (torch.randn(size, size, device=run.device) for _ in range(2))
     one = torch.ones((), device=run.device)
@@ -181,7 +76,7 @@ def run_ceilings(run: Run) -> None:
     for name, product in products.items():
         for _ in range(3):
             product()
-        seconds = statistics.median(_elapsed(product) for _ in range(10))
+        seconds = statistics.median(elapsed(product) for _ in range(10))
         run.flops_per_second[name] = 2 * size**3 / seconds
     run.flops_per_second["fp16"] = run.flops_per_second["bf16"]
     run.flops_per_second["fp8x2"] = run.flops_per_second["fp8"] / 2
@@ -191,12 +86,6 @@ def run_ceilings(run: Run) -> None:
         copy_gb_per_s=round(run.copy_bytes_per_second / 1e9, 1),
         **{f"{name}_tflop_per_s": round(rate / 1e12, 1) for name, rate in run.flops_per_second.items()},
     )
-
-
-def _copy_bytes_per_second(device: torch.device) -> float:
-    """Bytes read and written by a copy on the device."""
-    source, target = (torch.randint(0, 255, (COPY_BYTES,), dtype=torch.uint8, device=device) for _ in range(2))
-    return 2 * COPY_BYTES / statistics.median(_elapsed(partial(target.copy_, source)) for _ in range(15))
 
 
 # ---- checks
@@ -244,10 +133,6 @@ def _logits64(q: torch.Tensor, w: torch.Tensor, keys: PagedRows) -> torch.Tensor
     return torch.stack(layers)
 
 
-def _error(found: torch.Tensor, wanted: torch.Tensor) -> float:
-    return float((found.double() - wanted.double()).norm() / wanted.double().norm())
-
-
 def _check_scores(run: Run, heads: int, dim: int, *, layers: int, planar: bool) -> None:
     counts = list(RAGGED)
     keys = _ragged(counts, layers, dim, planar, run.device)
@@ -261,11 +146,11 @@ def _check_scores(run: Run, heads: int, dim: int, *, layers: int, planar: bool) 
         prepared = score.prepare_queries(q, w, precision)
         _poison(run.device)
         found = score.score_logits(*prepared, keys, mean=False)
-        extra = {"error_of_unrounded": _error(found[valid], wanted[valid])}
+        extra = {"error_of_unrounded": relative_error(found[valid], wanted[valid])}
         # what the kernel must compute: the sum of the rounded terms, with the weights it was given
         rounded = prepared[0].float().sum(3)
         target = _logits64(rounded, 2 * prepared[1], keys).amax(0)
-        passed = run.check(name, _error(found[valid], target[valid]), TOLERANCES[precision], **extra)
+        passed = run.check(name, relative_error(found[valid], target[valid]), TOLERANCES[precision], **extra)
         run.check(f"{name}: -inf past the count", float((~found[~valid].isneginf()).sum()), 0)
         if passed:
             _check_page_reductions(run, name, prepared, keys, found)
@@ -287,7 +172,7 @@ def _check_page_reductions(
         counted = above >= (padded > THRESHOLD + near).sum(2)
         counted &= above <= (padded > THRESHOLD - near).sum(2)
         same = torch.equal(there, total.isfinite()) and torch.equal(there, best.isfinite()) and bool(counted.all())
-        error = max(_error(total[there], wanted[there]), _error(best[there], highest[there]))
+        error = max(relative_error(total[there], wanted[there]), relative_error(best[there], highest[there]))
         run.check(f"pages of {page_chunks}: {name}", error if same else float("nan"), 1e-5)
 
 
@@ -301,7 +186,7 @@ def _check_exact_keys(run: Run) -> None:
     products = keys.double() @ q[0, :, 0].bfloat16().double().transpose(1, 2)
     wanted = (products.relu() @ w[0, :, 0, :, None].double())[..., 0]
     valid = paged.valid()
-    run.check("logits of bf16 keys", _error(found[valid], wanted[valid]), 1e-4)
+    run.check("logits of bf16 keys", relative_error(found[valid], wanted[valid]), 1e-4)
 
 
 def _check_attention(run: Run, kv_format: str, dtype: torch.dtype) -> None:
@@ -320,8 +205,8 @@ def _check_attention(run: Run, kv_format: str, dtype: torch.dtype) -> None:
         for choice in tiles:
             _poison(run.device)
             found = attention.attend_rows_fused(q, used, sinks, SCALE, choice)
-            name = f"attend {label} {kv_format} {dtype} {_label(choice)}"
-            run.check(name, _error(found, target), TOLERANCES["attend"] if dtype is torch.bfloat16 else 1e-5)
+            name = f"attend {label} {kv_format} {dtype} {tiles_name(choice)}"
+            run.check(name, relative_error(found, target), TOLERANCES["attend"] if dtype is torch.bfloat16 else 1e-5)
 
 
 def _attention64(q: torch.Tensor, sources: Sequence[EntrySource], sinks: torch.Tensor) -> torch.Tensor:
@@ -368,7 +253,7 @@ def _check_encoders(run: Run) -> None:
         kv, gate = _of_all_sizes(run.device, 2, 300, slots, 192).unbind()
         weights = (gate.double() / 100).softmax(1)
         found = compress(kv, gate / 100, impl="fused")
-        run.check(f"pooling of {slots} slots", _error(found, (kv.double() * weights).sum(1)), 1e-5)
+        run.check(f"pooling of {slots} slots", relative_error(found, (kv.double() * weights).sum(1)), 1e-5)
 
 
 def _of_all_sizes(device: torch.device, *shape: int) -> torch.Tensor:
@@ -388,18 +273,6 @@ def _poison(device: torch.device) -> None:
 
 
 # ---- K1
-
-
-def page_scores_fused(
-    q: torch.Tensor, w: torch.Tensor, keys: PagedRows, precision: Any, tiles: score.Tiles | None
-) -> PageScores:
-    """All of level 1 from queries to page scores."""
-    return PageScores(
-        *score.score_page_reductions(
-            *score.prepare_queries(q, w, precision), keys, page_chunks=PAGE_CHUNKS, temperature=TEMPERATURE,
-            threshold=THRESHOLD, mean=False, tiles=tiles,
-        )
-    )  # fmt: skip
 
 
 def published_scorer(q: torch.Tensor, w: torch.Tensor, rows: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -445,8 +318,8 @@ def _sweep_scores(run: Run, case: ScoreCase, precision: Any) -> score.Tiles | No
         if run.out_of_time():
             break
         found = page_scores_fused(q, w, keys, precision, tiles)
-        if run.check(f"page scores {precision} {_label(tiles)}", _error(found.score, wanted.score), 1e-4):
-            times[tiles] = _time_scores(run, case, precision, tiles, keys, q, w, tiles_name=_label(tiles))
+        if run.check(f"page scores {precision} {tiles_name(tiles)}", relative_error(found.score, wanted.score), 1e-4):
+            times[tiles] = _time_scores(run, case, precision, tiles, keys, q, w, tiles_name=tiles_name(tiles))
     return min(times, key=lambda tiles: times[tiles]) if times else None
 
 
@@ -462,30 +335,23 @@ def _time_scores(
 
 
 def run_score_peers(run: Run) -> None:
+    """Beside fp8, and beside fp16, whose queries lose about as much as the published formula's keys did."""
     compiled = torch.compile(published_scorer)
     for chunks in PEER_CHUNKS:
         case = ScoreCase(chunks, 1, planar=False)
         keys, (q, w) = case.keys(run.device), case.queries(run.device)
         published = (q[:, 0, 0], w[:, 0, 0], [layer[0] for layer in keys.regions])
         tiled = partial(score_pages, page_chunks=PAGE_CHUNKS, temperature=TEMPERATURE, threshold=THRESHOLD)
-        shape = {"chunks": chunks, "batch": 1, "layers": case.layers}
-        time_peer(run, "score peer", "published formula", partial(published_scorer, *published), **shape)
-        time_peer(run, "score peer", "published formula, compiled", partial(compiled, *published), **shape)
-        time_peer(run, "score peer", "tiled version of this package", partial(tiled, q, w, keys), **shape)
-
-
-def time_peer(run: Run, kind: str, name: str, call: Callable[[], object], **shape: Any) -> None:
-    """A peer as it is called, host gaps included; one that fails leaves a row that says so."""
-    if run.out_of_time():
-        return
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    try:
-        us = round(1e6 * eager_seconds(call), 1)
-    except RuntimeError as error:
-        run.add(kind, peer=name, **shape, failed=str(error)[:300])
-        return
-    run.add(kind, peer=name, **shape, us=us, peak_bytes=torch.cuda.max_memory_allocated() - before)
+        peers: dict[str, Callable[[], object]] = {
+            "published formula": partial(published_scorer, *published),
+            "published formula, compiled": partial(compiled, *published),
+            "tiled version of this package": partial(tiled, q, w, keys),
+        }
+        for precision in ("fp8", "fp16"):
+            ours = partial(page_scores_fused, q, w, keys, precision)
+            shape = {"chunks": chunks, "batch": 1, "layers": case.layers, "precision": precision}
+            for name, peer in peers.items():
+                time_peer(run, "score peer", name, peer, ours, **shape)
 
 
 # ---- K2
@@ -506,7 +372,7 @@ def _time_page_selection(run: Run, batch: int) -> None:
     above = (scores > 1).int()
     limits = [torch.full((batch,), n, dtype=torch.int32, device=run.device) for n in (PAGES, 4, PAGES // 10)]
     fused = partial(select_pages, scores, *limits, sink=1, recency=8, above_BP=above, impl="fused")
-    run.time(
+    ours = run.time(
         "select pages", [fused], bytes=scores.nbytes + above.nbytes, flops=0, rate="fp32", pages=PAGES, batch=batch
     )
 
@@ -516,6 +382,7 @@ def _time_page_selection(run: Run, batch: int) -> None:
     run.time(
         "select pages peer", [by_sorts],
         bytes=scores.nbytes, flops=0, rate="fp32", pages=PAGES, batch=batch, peer="torch.topk and sort",
+        ours=ours,
     )  # fmt: skip
 
 
@@ -540,10 +407,11 @@ def _time_selection(run: Run, case: PoolCase) -> None:
     ranks = score.score_ranks(*prepared, sets[0])
     for ordered in (True, False):
         call = partial(select.topk_ranks, ranks, k, ordered=ordered)
-        run.time("top-k", [call], bytes=ranks.nbytes, flops=0, rate="fp32", ordered=ordered, **shape)
+        top = run.time("top-k", [call], bytes=ranks.nbytes, flops=0, rate="fp32", ordered=ordered, **shape)
     scores = score.score_logits(*prepared, sets[0], mean=False)
     by_topk = partial(torch.topk, scores, k, dim=1)
-    run.time("top-k peer", [by_topk], bytes=scores.nbytes, flops=0, rate="fp32", peer="torch.topk", **shape)
+    peer: dict[str, Any] = {"peer": "torch.topk", "ours": top, **shape}
+    run.time("top-k peer", [by_topk], bytes=scores.nbytes, flops=0, rate="fp32", **peer)
     # the peer's rows are gathered beforehand; the store gathers them in every step
     rows = sets[0].read()
     ids = torch.arange(case.chunks, device=run.device).expand(case.batch, -1)
@@ -551,7 +419,8 @@ def _time_selection(run: Run, case: PoolCase) -> None:
     def by_torch() -> object:
         return topk_chunks(lightning_scores(q[0, :, 0], w[0, :, 0], decode_index_rows(rows)), ids, k)
 
-    time_peer(run, "level 2 peer", "decode, torch products, torch.topk", by_torch, **shape)
+    ours = partial(level_2, keys=sets[0], ordered=False)
+    time_peer(run, "level 2 peer", "decode, torch products, torch.topk", by_torch, ours, precision=precision, **shape)
 
 
 # ---- K3
@@ -580,19 +449,23 @@ def _time_attention(run: Run, case: PoolCase) -> None:
     }
     wanted = _attention64(q, sources, sinks)
     all_tiles = [tiles for shares in kernel_cases.SHARES[case.batch] for tiles in kernel_cases.attend_tiles(shares)]
+    times: dict[attention.Tiles | None, float] = {}
     for tiles in (None, *all_tiles):
         if run.out_of_time():
             return
         call = partial(attention.attend_rows_fused, q, sources, sinks, SCALE, tiles)
-        name = f"attend {case.kv_format} batch={case.batch} {_label(tiles)}"
-        if run.check(name, _error(call(), wanted), TOLERANCES["attend"]):
-            run.time("attend", [call], **cost, **shape, tiles=_label(tiles))
-    _time_attention_peers(run, q, sources, sinks, shape)
+        name = f"attend {case.kv_format} batch={case.batch} {tiles_name(tiles)}"
+        if run.check(name, relative_error(call(), wanted), TOLERANCES["attend"]):
+            times[tiles] = run.time("attend", [call], **cost, **shape, tiles=tiles_name(tiles))
+    if times:
+        ours = partial(attention.attend_rows_fused, q, sources, sinks, SCALE, min(times, key=lambda at: times[at]))
+        _time_attention_peers(run, q, sources, sinks, ours, shape)
 
 
 def _time_attention_peers(
-    run: Run, q: torch.Tensor, sources: Sequence[EntrySource], sinks: torch.Tensor, shape: dict[str, Any]
-) -> None:
+    run: Run, q: torch.Tensor, sources: Sequence[EntrySource], sinks: torch.Tensor, ours: Callable[[], object],
+    shape: dict[str, Any],
+) -> None:  # fmt: skip
     window, entries = sources
     rows, spec, picks = entries.rows, entries.spec, entries.picks_BK
     assert picks is not None and rows.numbers_BP is not None
@@ -617,7 +490,7 @@ def _time_attention_peers(
         "gather and torch products, compiled": torch.compile(decode_and_attend),
     }
     for name, peer in peers.items():
-        time_peer(run, "attend peer", name, lambda peer=peer: peer(gathered()), **shape)  # type: ignore[misc]
+        time_peer(run, "attend peer", name, lambda peer=peer: peer(gathered()), ours, **shape)  # type: ignore[misc]
 
 
 # ---- K5: what a step or a prefill writes
@@ -636,9 +509,9 @@ def run_encoders(run: Run) -> None:
             "pool windows": (partial(compress, windows, windows), 2 * windows.nbytes + kv.nbytes),
         }
         for name, (call, moved) in cases.items():
-            for impl in ("fused", "reference"):
-                peer = {} if impl == "fused" else {"peer": "torch"}
-                run.time(name, [partial(call, impl=impl)], bytes=moved, flops=0, rate="fp32", chunks=count, **peer)
+            shape: dict[str, Any] = {"bytes": moved, "flops": 0, "rate": "fp32", "chunks": count}
+            ours = run.time(name, [partial(call, impl="fused")], **shape)
+            run.time(name, [partial(call, impl="reference")], peer="torch", ours=ours, **shape)
 
 
 # ---- program
@@ -664,15 +537,11 @@ def summary(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
         case = " ".join(str(value) for value in key if value is not None)
         us = row.get("warm_us", row.get("us"))
         share = row.get("share_of_copy_bandwidth", "-")
-        yield f"{case:75} {us:10} us, cold {row.get('cold_us', '-'):>9}, {share:>6} of copy, {row.get('tiles', '')}"
-
-
-def _label(tiles: Any) -> str:
-    return "default" if tiles is None else kernel_resources.label(tiles)
-
-
-def _short(value: Any) -> str:
-    return f"{value:.3g}" if isinstance(value, float) and abs(value) < 1 else str(value)
+        ratio = f", ratio {row['ratio']}" if "ratio" in row else ""
+        yield (
+            f"{case:75} {us:10} us, cold {row.get('cold_us', '-'):>9}, {share:>6} of copy{ratio}, "
+            f"{row.get('tiles', '')}"
+        )
 
 
 PARTS: dict[str, Callable[[Run], None]] = {
@@ -685,19 +554,21 @@ PARTS: dict[str, Callable[[Run], None]] = {
 }
 
 
+PEERS: dict[str, Callable[[Run], None]] = {"deep-gemm": run_deep_gemm}
+
+
 def run(
-    directory: Path,
+    directory: Path | None,
     *,
     seconds: float,
     jobs: int,
     parts: Sequence[str],
+    peers: Sequence[str] = (),
     program: str,
-    on_line: Callable[[str], None],
-) -> int:
-    """Measure the given parts on the current CUDA device; returns the number of checks that failed.
+) -> dict[str, Any]:
+    """Measure peers, then the given parts, on the current CUDA device; returns rows and the checks that failed.
 
-    `jobs` processes compile ahead, none if it is 0; `program` is how the command line begins in the first row. The
-    fastest variants, and the first checks that failed, go to `on_line`.
+    `jobs` processes compile ahead, none if it is 0; `program` is how the command line begins in the first row.
     """
     run = Run(directory, seconds, torch.device("cuda", torch.cuda.current_device()))
     run.add("machine", command=report.command_line(program), triton=triton.__version__, **report.machine())
@@ -705,11 +576,19 @@ def run(
         compile_ahead(jobs)
     torch.backends.cuda.matmul.allow_tf32 = False
     run_ceilings(run)
-    for part in parts:
-        PARTS[part](run)
+    for name in [*peers, *parts]:
+        if name in PARTS or name in PEERS:
+            (PARTS.get(name) or PEERS[name])(run)
+        else:
+            run.add("peer", peer=name, state=peer_state(name))
         if run.out_of_time():
-            run.add("stopped", part=part, reason=f"{seconds} seconds are over")
+            run.add("stopped", part=name, reason=f"{seconds} seconds are over")
             break
-    for line in (*summary(run.rows), f"{len(run.failures)} checks failed", *run.failures[:20]):
-        on_line(line)
-    return len(run.failures)
+    return {"failures": run.failures, "rows": run.rows}
+
+
+def lines(result: dict[str, Any]) -> Iterator[str]:
+    """What a person is told: the fastest variants, and the first checks that failed."""
+    yield from summary(result["rows"])
+    yield f"{len(result['failures'])} checks failed"
+    yield from result["failures"][:20]

@@ -21,7 +21,7 @@ from ..backbone import skeleton_model
 from ..config import KVFormat, LSAConfig, ModelGeometry
 from ..lookahead import SlotShare
 from ..policy import AllPages, Budget
-from ..types import PageView, Policy, Scorer, Selection
+from ..types import PageLimits, PageView, Policy, Scorer, Selection
 
 Mode = Literal["full", "lsa"]
 MODES: tuple[Mode, ...] = ("full", "lsa")
@@ -49,12 +49,29 @@ class ChurnPolicy(Budget):
 
     def select(self, view: PageView) -> Selection:
         draw, always = random.Random(f"{view.seed} {view.cycle}"), set(view.always)
-        room, previous = self.room(view), set(view.previous)
-        old = [page for page in range(view.num_pages) if page not in always and page in previous]
-        new = [page for page in range(view.num_pages) if page not in always and page not in previous]
-        moved = min(len(new), max(room - len(old), round(self.churn * room)))
-        kept = draw.sample(old, min(len(old), room - moved))
-        return Selection(tuple(sorted({*always, *kept, *draw.sample(new, moved)})))
+        room, previous = self.room(view), set(view.previous) - always
+        others = view.num_pages - len(always) - len(previous)
+        moved = min(others, max(room - len(previous), round(self.churn * room)))
+        kept = draw.sample(sorted(previous), min(len(previous), room - moved))
+        return Selection(tuple(sorted({*always, *kept, *_draw(draw, moved, view.num_pages, always | previous)})))
+
+    def limits(self, view: PageView) -> PageLimits:
+        """Those of a budget, so that level 1 costs on the device what it costs."""
+        return PageLimits(self.room(view), self.room(view))
+
+    def chosen(self, view: PageView, pages: tuple[int, ...], above: int) -> Selection:
+        return self.select(view)
+
+
+def _draw(draw: random.Random, count: int, num_pages: int, but: set[int]) -> list[int]:
+    """Different pages, none of `but`: by trial where most pages will do, which takes no time that grows with them."""
+    if 2 * (count + len(but)) > num_pages:
+        return draw.sample([page for page in range(num_pages) if page not in but], count)
+    found: set[int] = set()
+    while len(found) < count:
+        if (page := draw.randrange(num_pages)) not in but:
+            found.add(page)
+    return sorted(found)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,6 +89,8 @@ class Skeleton:
     lead: int = 0
     kv_format: KVFormat = "fp8"
     page_chunks: int = 64
+    kernels: Literal["reference", "fused"] = "reference"
+    cuda_graphs: bool = False
     fill_tokens: int = 2048
     """Tokens of synthetic history written at a time."""
 
@@ -96,6 +115,7 @@ class Skeleton:
             policy=policy, page_chunks=self.page_chunks, tau=self.tau, lead=self.lead if mode == "lsa" else 0,
             kv_format="auto" if self.kv_format == exact else self.kv_format, prefill_chunk=self.fill_tokens,
             device_budget_bytes=sessions * memory.slots * memory.record_bytes, max_sessions=sessions,
+            kernels=self.kernels, cuda_graphs=self.cuda_graphs,
         )  # fmt: skip
 
     def session_memory(self, mode: Mode, context_tokens: int, decoded_tokens: int) -> SessionMemory:
@@ -160,12 +180,18 @@ def default_budgets(skeleton: Skeleton) -> tuple[int, int]:
 
     The rest is for what a step computes with: three tenths on the device, a fifth in main memory.
     """
-    host = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    host = free_bytes(torch.device("cpu"))
     if skeleton.device.type == "cuda":
         device = torch.cuda.mem_get_info(skeleton.device)[1] - skeleton.weight_bytes()
     else:
         device = (host - skeleton.weight_bytes()) // 2
     return max(0, device * 7 // 10), host * 8 // 10
+
+
+def free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def plan(
@@ -203,6 +229,8 @@ def describe(skeleton: Skeleton) -> dict[str, Any]:
         "churn": skeleton.churn,
         "tau": skeleton.tau,
         "lead": skeleton.lead,
+        "kernels": skeleton.kernels,
+        "cuda_graphs": skeleton.cuda_graphs,
         "history": "synthetic",
     }
 

@@ -1,10 +1,12 @@
-"""`flashmem bench`: page swaps, decode steps, capacity and kernels, measured here."""
+"""`flashmem bench`: page swaps, decode steps and their parts, capacity and kernels, measured here."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import wraps
+from inspect import Signature, signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
 import typer
 from rich.console import Console
@@ -14,7 +16,7 @@ from ..accounting import resolve_geometry
 from ..config import KVFormat
 from .errors import ReportingGroup
 from .options import Json
-from .output import answer, answer_json, log
+from .output import answer_json, log
 from .sizes import format_bytes, parse_bytes, parse_tokens
 
 if TYPE_CHECKING:
@@ -38,6 +40,15 @@ Keep = Annotated[float, typer.Option(help="Share of pages that LSA keeps on the 
 Churn = Annotated[float, typer.Option(help="Share of them that every window replaces.")]
 Tau = Annotated[int, typer.Option(help="Decode steps per window.")]
 Lead = Annotated[int, typer.Option(help="Steps before its window that a swap begins: 0 waits, more needs more slots.")]
+Kernels = Annotated[
+    Literal["reference", "fused"] | None,
+    typer.Option(help="What a decode step runs on.", show_default="fused on CUDA, else reference"),
+]
+Graphs = Annotated[
+    bool | None,
+    typer.Option("--graphs/--no-graphs", help="Replay captured steps.", show_default="with fused kernels on CUDA"),
+]
+Batches = Annotated[str, typer.Option(help="Sessions in a batch, with commas.")]
 PageChunks = Annotated[int, typer.Option(help="Chunks of 4 tokens per page.")]
 Windows = Annotated[int, typer.Option(help="Windows to measure, after one for warmth.", min=1)]
 KVBudget = Annotated[
@@ -51,41 +62,54 @@ HostBudget = Annotated[
 def add_command(parent: typer.Typer) -> None:
     app.command("kernels")(kernels)
     app.command("swap")(swap)
-    app.command("decode")(decode)
-    app.command("capacity")(capacity)
+    app.command("decode")(_of_a_skeleton(decode))
+    app.command("profile")(_of_a_skeleton(profile))
+    app.command("capacity")(_of_a_skeleton(capacity))
+    app.command("prefill")(prefill)
     parent.add_typer(app, name="bench")
 
 
 def kernels(
     device: Device = None,
-    out: Out = None,
     directory: Annotated[
         Path | None, typer.Option(help="On CUDA: where rows.jsonl goes, row by row.", show_default="none")
     ] = None,
     seconds: Annotated[float, typer.Option(help="On CUDA: start nothing new after this long.")] = 540,
     jobs: Annotated[int, typer.Option(help="On CUDA: processes that compile ahead; 0 compiles as needed.")] = 12,
-    parts: Annotated[str | None, typer.Option(help="On CUDA: parts, with commas.", show_default="all")] = None,
+    parts: Annotated[
+        str | None, typer.Option(help="On CUDA: parts, with commas; '' for peers alone.", show_default="all")
+    ] = None,
     chunks: Annotated[str, typer.Option(help="Without CUDA: sizes, with commas.")] = "4096,16384",
     rounds: Annotated[int, typer.Option(help="Without CUDA: calls that are timed.", min=1)] = 7,
+    peer: Peers = None,
+    out: Out = None,
     json: Json = False,
 ) -> None:
     """Check every kernel against float64, then time it: fused ones and their peers on CUDA, definitions elsewhere.
 
-    On CUDA it compiles, checks and times for minutes, and writes its rows to DIRECTORY as they come.
+    On CUDA it compiles, checks and times for minutes; it writes its rows to DIRECTORY as they come, and all of them to
+    OUT at the end.
 
     Example: `flashmem bench kernels --directory results/gpu_kernels`
     """
     where = _device(device)
     if where.type == "cuda":
         from ..bench import kernels as fused  # triton is behind it
+        from ..bench.peers import check
 
-        if directory is None:
-            raise ValueError("on CUDA, give --directory: rows are written there as they come")
-        names = list(fused.PARTS) if parts is None else parts.split(",")
+        names = list(fused.PARTS) if parts is None else [name for name in parts.split(",") if name]
         if unknown := sorted(set(names) - fused.PARTS.keys()):
             raise ValueError(f"no part {unknown[0]!r}; parts are {', '.join(fused.PARTS)}")
-        failed = fused.run(directory, seconds=seconds, jobs=jobs, parts=names, program="flashmem", on_line=answer)
-        if failed:
+        for name in peer or ():
+            check(name)
+        result = _run(
+            "gpu_kernels", out, json,
+            lambda: fused.run(
+                directory, seconds=seconds, jobs=jobs, parts=names, peers=peer or (), program="flashmem"
+            ),
+            fused.lines,
+        )  # fmt: skip
+        if result["failures"]:
             raise typer.Exit(1)
         return
     from ..bench import definitions
@@ -93,8 +117,10 @@ def kernels(
     sizes = [parse_tokens(size) for size in chunks.split(",")]
     if bad := [size for size in sizes if size < 64 or size % 64]:
         raise ValueError(f"chunks must be multiples of 64, got {bad[0]}")
+    peers = _peers(peer)
     _run(
-        "kernels", out, json, lambda: {"rows": definitions.run(device=where, chunks=sizes, rounds=rounds)},
+        "kernels", out, json,
+        lambda: {"peers": peers, "rows": definitions.run(device=where, chunks=sizes, rounds=rounds)},
         lambda result: [
             _table(
                 "definitions (no fused kernels on this device)", result["rows"],
@@ -161,21 +187,11 @@ def swap(
 
 
 def decode(
-    model: Model = "deepseek-v4-flash",
-    experts: Experts = 8,
+    made: Skeleton,
+    budgets: dict[str, int],
     context: Contexts = "256K,512K,1M",
-    batch: Annotated[str, typer.Option(help="Sessions in a batch, with commas.")] = "1,2,4,8",
+    batch: Batches = "1,2,4,8",
     windows: Windows = 2,
-    keep: Keep = 0.1,
-    churn: Churn = 0.1,
-    tau: Tau = 64,
-    lead: Lead = 0,
-    kv_format: Format = "fp8",
-    page_chunks: PageChunks = 64,
-    dtype: Dtype = "bfloat16",
-    kv_budget: KVBudget = None,
-    host_budget: HostBudget = None,
-    device: Device = None,
     peer: Peers = None,
     out: Out = None,
     json: Json = False,
@@ -188,41 +204,59 @@ def decode(
     """
     from ..bench import decode as bench
 
-    made = _skeleton(
-        model, experts=experts, keep=keep, churn=churn, tau=tau, lead=lead, kv_format=kv_format,
-        page_chunks=page_chunks, dtype=dtype, device=device,
-    )  # fmt: skip
-    budgets = _budgets(made, kv_budget, host_budget)
     contexts, batches = _sizes(context), _sizes(batch)
 
     def measured() -> dict[str, Any]:
         rows = bench.run_decode(made, contexts=contexts, batches=batches, windows=windows, **budgets)
         return {
             "peers": _peers(peer),
-            **_about(made, contexts, budgets, (windows + 1) * tau * len(batches)),
+            **_about(made, contexts, budgets, (windows + 1) * made.tau * len(batches)),
             "rows": rows,
         }
 
     _run("decode", out, json, measured, lambda result: [_steps_table(result)])
 
 
+def profile(
+    made: Skeleton,
+    budgets: dict[str, int],
+    context: Annotated[str, typer.Option(help="Tokens of history.")] = "1M",
+    batch: Batches = "1,32",
+    modes: Annotated[str, typer.Option(help="lsa, full or both, with commas.")] = "lsa",
+    windows: Windows = 2,
+    out: Out = None,
+    json: Json = False,
+) -> None:
+    """Show where the time of a decode step goes, by component, and what the first step of a window adds.
+
+    The skeleton is that of `flashmem bench decode`.
+
+    Example: `flashmem bench profile --context 1M --batch 1,32 --out results/profile.json`
+    """
+    from ..bench import profile as bench
+    from ..bench.skeleton import MODES
+
+    tokens, batches = parse_tokens(context), _sizes(batch)
+    chosen = [mode for mode in MODES if mode in modes.split(",")]
+    if unknown := sorted(set(modes.split(",")) - set(MODES)):
+        raise ValueError(f"modes are {' and '.join(MODES)}, got {unknown[0]!r}")
+
+    def measured() -> dict[str, Any]:
+        rows = bench.run_profile(
+            made, context=tokens, modes=chosen, batches=batches, windows=windows, **budgets
+        )  # fmt: skip
+        return {**_about(made, [tokens], budgets, bench.steps_of_all(made, batches, windows)), "rows": rows}
+
+    _run("profile", out, json, measured, lambda result: [_profile_table(result)])
+
+
 def capacity(
-    model: Model = "deepseek-v4-flash",
-    experts: Experts = 8,
+    made: Skeleton,
+    budgets: dict[str, int],
     context: Contexts = "256K,512K,1M",
     windows: Windows = 1,
     max_sessions: Annotated[int, typer.Option(help="Open no more than this, however many fit.", min=1)] = 64,
-    keep: Keep = 0.1,
-    churn: Churn = 0.1,
-    tau: Tau = 64,
-    lead: Lead = 0,
-    kv_format: Format = "fp8",
-    page_chunks: PageChunks = 64,
-    dtype: Dtype = "bfloat16",
-    kv_budget: KVBudget = None,
-    host_budget: HostBudget = None,
     plan: Annotated[bool, typer.Option("--plan", help="Only the memory arithmetic: nothing is built or run.")] = False,
-    device: Device = None,
     peer: Peers = None,
     out: Out = None,
     json: Json = False,
@@ -233,12 +267,8 @@ def capacity(
     """
     from ..bench import decode as bench
 
-    made = _skeleton(
-        model, experts=experts, keep=keep, churn=churn, tau=tau, lead=lead, kv_format=kv_format,
-        page_chunks=page_chunks, dtype=dtype, device=device,
-    )  # fmt: skip
-    budgets, contexts = _budgets(made, kv_budget, host_budget), _sizes(context)
-    about = {"peers": _peers(peer), **_about(made, contexts, budgets, (windows + 1) * tau)}
+    contexts = _sizes(context)
+    about = {"peers": _peers(peer), **_about(made, contexts, budgets, (windows + 1) * made.tau)}
     if plan:
         _run("capacity_plan", out, json, lambda: about, lambda result: [_plan_table(result)])
         return
@@ -248,6 +278,57 @@ def capacity(
         return {**about, "rows": rows}
 
     _run("capacity", out, json, measured, lambda result: [_plan_table(result), _capacity_table(result)])
+
+
+def prefill(
+    model: Annotated[
+        str | None, typer.Option(help="Directory of a small model.", show_default="the shipped one")
+    ] = None,
+    first: Annotated[str, typer.Option(help="Tokens at which the stock paths begin; they double.")] = "4K",
+    context: Annotated[str, typer.Option(help="Tokens of our own prefills, with commas.")] = "1M",
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            help="Bytes that a stock prefill may take beside the weights.", show_default="0.9 of what is free"
+        ),
+    ] = None,
+    seconds: Annotated[float, typer.Option(help="Try no stock prefill that would take longer.")] = 60,
+    our_seconds: Annotated[float, typer.Option(help="End a prefill of ours after this long.")] = 400,
+    prefill_chunk: Annotated[int, typer.Option(help="Tokens at a time, ours and the stock model's in pieces.")] = 2048,
+    keep: Keep = 0.1,
+    page_chunks: Annotated[
+        int | None, typer.Option(help="Chunks of 4 tokens per page.", show_default="the model's own")
+    ] = None,
+    dtype: Annotated[
+        Literal["bfloat16", "float32"] | None, typer.Option(help="The model's dtype.", show_default="the model's own")
+    ] = None,
+    device: Device = None,
+    out: Out = None,
+    json: Json = False,
+) -> None:
+    """Time long prefills of a small model: the stock forward as far as it goes under a memory limit, and ours.
+
+    The stock model runs whole and in pieces with its cache; the logits of all paths are compared first.
+
+    Example: `flashmem bench prefill --context 128K,1M --out results/prefill_stock.json`
+    """
+    from ..bench import prefill as bench
+    from ..bench.skeleton import free_bytes
+
+    where, lengths, (start,) = _device(device), _sizes(context), _sizes(first)
+    settings = {"keep": keep, "prefill_chunk": prefill_chunk, "page_chunks": page_chunks}
+    given = {name: value for name, value in settings.items() if value is not None}
+    loaded, indexer, config = _small_model(model, where, dtype, **given)
+    limits = bench.Limits(
+        peak_bytes=free_bytes(where) * 9 // 10 if memory is None else parse_bytes(memory),
+        seconds=seconds,
+        our_seconds=our_seconds,
+    )
+    _run(
+        "prefill_stock", out, json,
+        lambda: bench.run(loaded, config=config, indexer=indexer, first=start, lengths=lengths, limits=limits),
+        lambda result: [_prefill_table(result), _ratio_table(result)],
+    )  # fmt: skip
 
 
 # ---- settings
@@ -266,13 +347,74 @@ def _sizes(text: str) -> list[int]:
     return sizes
 
 
-def _skeleton(model: str, *, dtype: str, device: str | None, **settings: Any) -> Skeleton:
+def _small_model(directory: str | None, device: torch.device, dtype: str | None, **settings: Any) -> Any:
+    """A model with its indexer, and its settings with these in them."""
+    from ..accounting import shipped_model
+    from ..backbone.load import load_model
+    from ..config import ModelDefaults
+    from ..indexer import MemoryIndexer
+
+    place = Path(directory) if directory is not None else shipped_model()
+    if place is None:
+        raise ValueError("the package lacks its model: give --model")
+    defaults = ModelDefaults.of(place)
+    loaded, _ = load_model(place, device=device, dtype=dtype or defaults.dtype, device_map=None)
+    bundled = place / "indexer"
+    return loaded, MemoryIndexer.from_pretrained(bundled) if bundled.is_dir() else None, defaults.config(**settings)
+
+
+def _skeleton(
+    model: Model = "deepseek-v4-flash",
+    experts: Experts = 8,
+    keep: Keep = 0.1,
+    churn: Churn = 0.1,
+    tau: Tau = 64,
+    lead: Lead = 0,
+    kv_format: Format = "fp8",
+    page_chunks: PageChunks = 64,
+    dtype: Dtype = "bfloat16",
+    kernels: Kernels = None,
+    cuda_graphs: Graphs = None,
+    kv_budget: KVBudget = None,
+    host_budget: HostBudget = None,
+    device: Device = None,
+) -> tuple[Skeleton, dict[str, int]]:
+    """The skeleton that these options describe, and the bytes that its sessions may take."""
     import torch
 
     from ..bench.skeleton import Skeleton
 
-    where, geometry = _device(device), resolve_geometry(model)
-    return Skeleton(geometry=geometry, dtype=getattr(torch, dtype), device=where, **settings)
+    where = _device(device)
+    kernels = kernels or ("fused" if where.type == "cuda" else "reference")
+    made = Skeleton(
+        geometry=resolve_geometry(model), device=where, experts=experts, dtype=getattr(torch, dtype), keep=keep,
+        churn=churn, tau=tau, lead=lead, kv_format=kv_format, page_chunks=page_chunks, kernels=kernels,
+        cuda_graphs=(kernels == "fused" and where.type == "cuda") if cuda_graphs is None else cuda_graphs,
+    )  # fmt: skip
+    return made, _budgets(made, kv_budget, host_budget)
+
+
+def _of_a_skeleton(command: Callable[..., None]) -> Callable[..., None]:
+    """The command with the options of a skeleton instead of its first two parameters, skeleton and budgets."""
+    shared, own = signature(_skeleton), list(signature(command).parameters.values())[2:]
+
+    @wraps(command)
+    def run(**values: Any) -> None:
+        made, budgets = _skeleton(**{name: values.pop(name) for name in shared.parameters})
+        command(made, budgets, **values)
+
+    hints = {name: hint for each in (_skeleton, command) for name, hint in _hints(each).items()}
+    chosen = [*shared.parameters.values(), *own]
+    run.__annotations__ = {parameter.name: hints[parameter.name] for parameter in chosen}
+    run.__signature__ = Signature(  # type: ignore[attr-defined]
+        [parameter.replace(annotation=hints[parameter.name]) for parameter in chosen]
+    )
+    return run
+
+
+def _hints(function: Callable[..., Any]) -> dict[str, Any]:
+    """Annotations with their help; a skeleton's own name stands for nothing here."""
+    return get_type_hints(function, include_extras=True, localns={"Skeleton": Any})
 
 
 def _budgets(skeleton: Skeleton, kv_budget: str | None, host_budget: str | None) -> dict[str, int]:
@@ -309,8 +451,8 @@ def _run(
     out: Path | None,
     json: bool,
     measure: Callable[[], dict[str, Any]],
-    tables: Callable[[dict[str, Any]], list[Table]],
-) -> None:
+    tables: Callable[[dict[str, Any]], Iterable[Table | str]],
+) -> dict[str, Any]:
     """Measure, print and save."""
     from ..bench import report
 
@@ -324,6 +466,7 @@ def _run(
             console.print(table)
     if out is not None:
         report.write_result(out, name, result, started, program="flashmem")
+    return result
 
 
 Columns = Mapping[str, Callable[[dict[str, Any]], str]]
@@ -362,6 +505,54 @@ def _steps_table(result: dict[str, Any]) -> Table:
             "pages moved": measured(lambda row: f"{row['pages_moved_per_window']:.0f}"),
             "of full": lambda row: f"{ratio:.2f}" if (ratio := row.get("mean_step_time_ratio")) is not None else "",
             "": lambda row: row.get("failed", ""),
+        },
+    )  # fmt: skip
+
+
+def _profile_table(result: dict[str, Any]) -> Table:
+    rows = [line for row in result["rows"] for line in _profile_lines(row)]
+    return _table(
+        _title(result), rows,
+        {
+            "part of a step": lambda row: row["part"],
+            "context": lambda row: f"{row['context']:,}",
+            "mode": lambda row: row["mode"],
+            "batch": lambda row: str(row["batch"]),
+            "ms": lambda row: "" if row["ms"] is None else f"{row['ms']:.3f}",
+            "of the step": lambda row: "" if row["share"] is None else f"{row['share']:.1%}",
+            "limit ms": lambda row: "" if row["limit_ms"] is None else f"{row['limit_ms']:.3f}",
+        },
+    )  # fmt: skip
+
+
+def _profile_lines(row: dict[str, Any]) -> list[dict[str, Any]]:
+    from ..bench.profile import parts
+
+    return [{**row, **line} for line in parts(row)]
+
+
+def _prefill_table(result: dict[str, Any]) -> Table:
+    return _table(
+        f"Prefill on {result['device']}, {result['dtype']}", result["rows"],
+        {
+            "path": lambda row: row["path"],
+            "tokens": lambda row: f"{row['tokens']:,}" if "tokens" in row else "",
+            "seconds": lambda row: f"{row['seconds']:.2f}" if "seconds" in row else "",
+            "tokens/s": lambda row: f"{row['tokens_per_second']:,.0f}" if "seconds" in row else "",
+            "peak": lambda row: format_bytes(row["peak_bytes"]) if "peak_bytes" in row else "",
+            "": lambda row: row.get("failed", ""),
+        },
+    )  # fmt: skip
+
+
+def _ratio_table(result: dict[str, Any]) -> Table:
+    return _table(
+        "The stock model at its longest length over flashmem at the same", result["ratios"],
+        {
+            "path": lambda row: row["path"],
+            "tokens": lambda row: f"{row['tokens']:,}",
+            "seconds": lambda row: f"{row['seconds_ratio']:.2f}" if "seconds_ratio" in row else "",
+            "peak bytes": lambda row: f"{row['peak_bytes_ratio']:.2f}" if "peak_bytes_ratio" in row else "",
         },
     )  # fmt: skip
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,7 @@ from torch import nn
 from ..config import RopeConfig
 from ..kernels.index_rows import hadamard
 from ..kernels.paged import PagedRows, index_row_form
-from ..kernels.score_chunks import score_chunks, score_chunks_max, score_history
+from ..kernels.score_chunks import score_chunks, score_chunks_max, score_history, score_pages
 from .checkpoint import check_tensors, digest_tensors, infer_config, read_checkpoint, write_checkpoint
 from .config import Ensemble, IndexerConfig, QueryDtype
 from .native import read_native, widen
@@ -112,7 +112,7 @@ class MemoryIndexer(nn.Module):
         device = per_layer_QN[0].device
         stacked_LQN = torch.stack([x_QN.to(device) for x_QN in per_layer_QN])
         combined_QN = stacked_LQN.amax(0) if ensemble == "max" else stacked_LQN.mean(0)
-        return self._shifted(combined_QN)
+        return combined_QN + self._offset(combined_QN.shape[-1], combined_QN.device)
 
     def logits_in_place(
         self,
@@ -127,17 +127,59 @@ class MemoryIndexer(nn.Module):
         Scorers, hidden states and rows must be on one device. Queries of a float32 indexer stay float32.
         """
         self._check_layers(hidden, keys)
-        found = [scorer.queries(hidden[csa], positions.to(hidden[csa].device)) for csa, scorer in self.layers.items()]
-        q_L1MHI, w_L1MH = (torch.stack(parts).unsqueeze(1) for parts in zip(*found, strict=True))
-        count, merge = len(keys[self.target_layers[0]]), ensemble or self._config.ensemble
-        rows = PagedRows(index_row_form(self._config.head_dim), [[keys[csa]] for csa in self.target_layers], [count])
-        precision: Precision | None = "fp32" if self._config.query_dtype == "fp32" else None
-        logits_N = score_history(q_L1MHI, w_L1MH, rows, merge=merge, precision=precision, impl="fused")[0]
-        return self._shifted(logits_N)
+        batched = {csa: states_mE.unsqueeze(0) for csa, states_mE in hidden.items()}
+        q, w, rows = self._in_place(batched, {csa: [x] for csa, x in keys.items()}, positions.unsqueeze(0))
+        merge, precision = ensemble or self._config.ensemble, self._precision
+        logits_N = score_history(q, w, rows, merge=merge, precision=precision, impl="fused")[0]
+        return logits_N + self._offset(len(logits_N), logits_N.device)
 
-    def _shifted(self, logits: torch.Tensor) -> torch.Tensor:
-        """Logits [..., N] with the calibrated offsets."""
-        return logits + (self.offset.float().to(logits.device) + self._config.length_offset(logits.shape[-1]))
+    def page_scores_in_place(
+        self,
+        hidden: Mapping[int, torch.Tensor],
+        keys: Mapping[int, Sequence[torch.Tensor]],
+        positions: torch.Tensor,
+        *,
+        page_chunks: int,
+        temperature: float,
+        ensemble: Ensemble | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the logits of several sessions add up to by page, one launch for all: float32 [B, P], as follows.
+
+        The scores temperature * logsumexp(logit / temperature), NaN where a logit is NaN, and the best logits; -inf for
+        a page without chunks. hidden: by CSA index, [B, m, E]; positions: integer [B, m]; keys: by CSA index, index
+        rows of every session. All must be on the scorers' device, and sessions have observed equally many tokens.
+        """
+        self._check_layers(hidden, keys)
+        q, w, rows = self._in_place(hidden, keys, positions)
+        pages = score_pages(
+            q, w, rows, page_chunks=page_chunks, temperature=temperature, threshold=0.0,
+            merge=ensemble or self._config.ensemble, precision=self._precision, impl="fused",
+        )  # fmt: skip
+        counts = [len(x) for x in keys[self.target_layers[0]]]
+        offsets = {count: self._offset(count, pages.score.device) for count in counts}
+        offset_B1 = torch.stack([offsets[count] for count in counts])[:, None]
+        return pages.score + offset_B1, pages.best + offset_B1
+
+    def _in_place(
+        self, hidden: Mapping[int, torch.Tensor], keys: Mapping[int, Sequence[torch.Tensor]], positions_Bm: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, PagedRows]:
+        """Queries [L, B, m, H, I], their weights, and the index rows of the batch where they lie."""
+        found = []
+        for csa, scorer in self.layers.items():
+            at = positions_Bm.flatten().to(hidden[csa].device)
+            found.append([x.unflatten(0, positions_Bm.shape) for x in scorer.queries(hidden[csa].flatten(0, 1), at)])
+        q_LBmHI, w_LBmH = (torch.stack(parts) for parts in zip(*found, strict=True))
+        regions = [keys[csa] for csa in self.target_layers]
+        rows = PagedRows(index_row_form(self._config.head_dim), regions, [len(x) for x in regions[0]])
+        return q_LBmHI, w_LBmH, rows
+
+    @property
+    def _precision(self) -> Precision | None:
+        return "fp32" if self._config.query_dtype == "fp32" else None
+
+    def _offset(self, num_chunks: int, device: torch.device) -> torch.Tensor:
+        """What calibration adds to the logits of so long a history."""
+        return self.offset.float().to(device) + self._config.length_offset(num_chunks)
 
     @staticmethod
     def probability(logits: torch.Tensor) -> torch.Tensor:
@@ -286,7 +328,7 @@ class MemoryIndexer(nn.Module):
     def _weights(self) -> dict[str, torch.Tensor]:
         return {key: tensor for key, tensor in self.state_dict().items() if key != "offset"}
 
-    def _check_layers(self, hidden: Mapping[int, torch.Tensor], keys: Mapping[int, torch.Tensor]) -> None:
+    def _check_layers(self, hidden: Mapping[int, Any], keys: Mapping[int, Any]) -> None:
         wanted = set(self.target_layers)
         if set(hidden) != wanted or set(keys) != wanted:
             raise ValueError(

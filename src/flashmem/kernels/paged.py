@@ -63,10 +63,10 @@ class PagedRows:
                 if not 0 <= count <= capacity:
                     raise ValueError(f"a session of {count} rows has room for {capacity}")
             self.max_rows = max(counts_B, default=0)
-            counts_B = _to_device(torch.tensor(counts_B, dtype=torch.int32), first.device)
+            counts_B = to_device(torch.tensor(counts_B, dtype=torch.int32), first.device)
         self.counts_B = counts_B
         addresses = [[region.data_ptr() for region in layer] for layer in self.regions]
-        self.addresses_LB = _to_device(torch.tensor(addresses, dtype=torch.int64), first.device)
+        self.addresses_LB = to_device(torch.tensor(addresses, dtype=torch.int64), first.device)
         steps = (self.page_stride, form.data_bytes, form.page_chunks * form.data_bytes)
         self.alignment = math.gcd(WIDEST_LOAD, *steps, *(address for layer in addresses for address in layer))
 
@@ -145,9 +145,11 @@ def _check_region(region: torch.Tensor, form: PlanarForm, device: torch.device) 
         raise ValueError(f"regions lie on {device} and {region.device}")
 
 
-def _to_device(values: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """From the CPU, without making the host wait."""
-    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
+def to_device(values: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Values from the CPU, without making the host wait for the device."""
+    if device.type == "cuda":
+        return values.pin_memory().to(device, non_blocking=True)
+    return values if device.type == "cpu" else values.to(device)  # "cpu" and "cpu:1" are one place; torch would copy
 
 
 def overwrite(target: torch.Tensor, values: torch.Tensor) -> None:
@@ -155,4 +157,4 @@ def overwrite(target: torch.Tensor, values: torch.Tensor) -> None:
     target.copy_(values.pin_memory() if target.is_cuda else values, non_blocking=True)
 
 
-__all__ = ["PagedRows", "index_row_form", "interleaved_form", "overwrite"]
+__all__ = ["PagedRows", "index_row_form", "interleaved_form", "overwrite", "to_device"]

@@ -24,6 +24,7 @@ from ..indexer import MemoryIndexer
 from ..policy import AllPages, Budget, always_kept, page_scores
 from ..store import SessionPages
 from ..types import DamagedError, PageView, Policy, Selection
+from .level_1 import Choice, choose
 from .scheduler import SlotShare
 
 
@@ -75,7 +76,7 @@ class Cycle:
 
     def admit(self, num_chunks: int) -> None:
         """Raise BudgetError if what this policy selects of that many chunks cannot be held."""
-        view = self._view(-(-num_chunks // self.config.page_chunks), num_chunks, None)
+        view = self._view(-(-num_chunks // self.config.page_chunks), num_chunks)
         if isinstance(self.policy, AllPages):
             self.share.admit(view.num_pages)
         elif isinstance(self.policy, Budget):
@@ -91,22 +92,29 @@ class Cycle:
         keep, capacity = always | set(self.selection.pages), self.share.capacity
         self.pages.evict(keep=keep if capacity is None or len(keep) <= capacity else always)
 
-    def settle(self) -> None:
+    def settle(self, choice: Choice | None = None) -> None:
         """After an append: select now, so that the first decode step is neither blind nor stale."""
         self._cancel()
-        self._select()
+        self._select(choice)
         self._flip()
 
-    def before_step(self) -> None:
-        """Bring residency up to date for the next decode step."""
+    @property
+    def selects_next(self) -> bool:
+        """Whether `before_step` will run level 1 by the clock."""
+        config = self.config
+        leads = config.lead > 0 and self.steps == config.tau - config.lead
+        return self.due or (self.pending is None and (self.steps >= config.tau or leads))
+
+    def before_step(self, choice: Choice | None = None) -> None:
+        """Bring residency up to date for the next decode step; a choice is that of level 1, if it ran already."""
         if self.due:
-            self.settle()
+            self.settle(choice)
         elif self.steps >= self.config.tau:
             if self.pending is None:
-                self._select()
+                self._select(choice)
             self._flip()
         elif self.pending is None and self.config.lead and self.steps == self.config.tau - self.config.lead:
-            self._select(overlap=True)
+            self._select(choice, overlap=True)
         elif self.config.rescue and self.steps and self.steps % self.config.rescue_interval == 0:
             self._look()
 
@@ -116,7 +124,11 @@ class Cycle:
     def _always(self, num_pages: int) -> tuple[int, ...]:
         return always_kept(num_pages, self.config.sink_pages, self.config.recency_pages)
 
-    def _view(self, num_pages: int, num_chunks: int, logits_N: torch.Tensor | None) -> PageView:
+    def view(self, logits_N: torch.Tensor | None = None) -> PageView:
+        """What a policy sees of the session now."""
+        return self._view(self.pages.num_pages, self.pages.num_chunks, logits_N)
+
+    def _view(self, num_pages: int, num_chunks: int, logits_N: torch.Tensor | None = None) -> PageView:
         return PageView(
             num_pages=num_pages,
             page_chunks=self.config.page_chunks,
@@ -137,17 +149,28 @@ class Cycle:
         self.pages.cancel_prefetch()
         self.pending = None
 
-    def _select(
-        self, overlap: bool = False, extra: frozenset[int] = frozenset(), stay: frozenset[int] = frozenset()
-    ) -> None:
-        view = self._view(self.pages.num_pages, self.pages.num_chunks, self._logits(self.policy.scorer))
+    def choose_by_logits(self) -> Choice:
+        """Level 1 from the logits of all chunks."""
+        view = self.view(self._logits(self.policy.scorer))
         selection = self.policy.select(view)
         if self.config.rescue and selection.truncated:
             selection = self.policy.select(replace(view, widen=True))
             self.stats.widened += 1
+        return Choice(selection, view)
+
+    def _select(
+        self,
+        choice: Choice | None = None,
+        *,
+        overlap: bool = False,
+        extra: frozenset[int] = frozenset(),
+        stay: frozenset[int] = frozenset(),
+    ) -> None:
+        (choice,) = choose([self]) if choice is None else (choice,)
+        selection = choice.selection
         if extra or stay:
             selection = replace(selection, pages=tuple(sorted({*selection.pages, *extra, *stay})))
-        selection = self._fit(selection, view, extra)
+        selection = self._fit(selection, choice, extra)
         if not overlap:  # nobody reads between here and the flip: free first, so that one set of slots is enough
             self.due, self.pending = True, None  # a prefetch that fails must not leave a window with pages missing
             self.pages.evict(keep=selection.pages)
@@ -157,19 +180,20 @@ class Cycle:
         self.stats.selected_pages += len(selection.pages)
         self.stats.truncated += selection.truncated
 
-    def _fit(self, selection: Selection, view: PageView, extra: frozenset[int]) -> Selection:
+    def _fit(self, selection: Selection, choice: Choice, extra: frozenset[int]) -> Selection:
         """Cut a selection to the session's share of the pool: least page scores go first, then higher ids.
 
         Always-kept pages stay; pages that a rescue asks for go after all others.
         """
-        capacity = self.share.capacity
+        capacity, view, scores_P = self.share.capacity, choice.view, choice.scores_P
         if capacity is None or len(selection.pages) <= capacity:
             return selection
-        if view.logits_N is None:
+        if scores_P is None and view.logits_N is not None:
+            scores_P = page_scores(view.logits_N, view.page_chunks, view.num_pages)
+        if scores_P is None:
             self.share.admit(len(selection.pages))
-        assert view.logits_N is not None
-        scores = page_scores(view.logits_N, view.page_chunks, view.num_pages).tolist()
-        always = set(view.always)
+        assert scores_P is not None
+        scores, always = scores_P.tolist(), set(view.always)
         ranked = sorted(selection.pages, key=lambda page: (page not in always, page not in extra, -scores[page], page))
         return replace(selection, pages=tuple(sorted(ranked[:capacity])), truncated=True)
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ..types import PageView, Scorer, Selection
+from ..types import PageLimits, PageView, Scorer, Selection
 from .scores import best_first, page_maxima, page_scores
 
 
@@ -43,11 +43,20 @@ class ThresholdPolicy:
     def select(self, view: PageView) -> Selection:
         ranked = best_first(_scores(view, self.name), view.always)
         above = _pages_above(view, self.threshold, ranked)
-        ceiling = len(ranked) if self.ceiling_pages is None or view.widen else self.ceiling_pages
+        ceiling = self._ceiling(view)
         wanted = [page for page in ranked if page in above][:ceiling]
         if len(wanted) < self.floor_pages:  # then nothing was cut, and the best of the others may come too
             wanted += [page for page in ranked if page not in above][: self.floor_pages - len(wanted)]
-        return _selection(view, wanted, eligible_share=_share(above, ranked), truncated=len(above) > ceiling)
+        return _selection(view, wanted, eligible_share=_share(len(above), view), truncated=len(above) > ceiling)
+
+    def limits(self, view: PageView) -> PageLimits:
+        return PageLimits(self.floor_pages, self._ceiling(view), _logit(self.threshold), above_first=True)
+
+    def chosen(self, view: PageView, pages: tuple[int, ...], above: int) -> Selection:
+        return Selection(pages, _share(above, view), above > self._ceiling(view))
+
+    def _ceiling(self, view: PageView) -> int:
+        return view.num_pages if self.ceiling_pages is None or view.widen else self.ceiling_pages
 
 
 @dataclass(kw_only=True, slots=True)
@@ -99,7 +108,15 @@ class BudgetPolicy(Budget):
         if self.threshold is None:
             return _selection(view, ranked[:room])
         above = _pages_above(view, self.threshold, ranked)
-        return _selection(view, ranked[:room], eligible_share=_share(above, ranked), truncated=len(above) > room)
+        return _selection(view, ranked[:room], eligible_share=_share(len(above), view), truncated=len(above) > room)
+
+    def limits(self, view: PageView) -> PageLimits:
+        return PageLimits(self.room(view), self.room(view), None if self.threshold is None else _logit(self.threshold))
+
+    def chosen(self, view: PageView, pages: tuple[int, ...], above: int) -> Selection:
+        if self.threshold is None:
+            return Selection(pages)
+        return Selection(pages, _share(above, view), above > self.room(view))
 
 
 @dataclass(kw_only=True, slots=True)
@@ -187,7 +204,7 @@ def _pages_above(view: PageView, threshold: float, pages: Iterable[int]) -> set[
     if view.logits_N is None:
         return set()
     best_P = page_maxima(view.logits_N, view.page_chunks, view.num_pages)
-    above_P = (best_P > math.log(threshold / (1 - threshold))).tolist()
+    above_P = (best_P > _logit(threshold)).tolist()
     return {page for page in pages if above_P[page]}
 
 
@@ -196,8 +213,13 @@ def _eligible(view: PageView) -> list[int]:
     return [page for page in range(view.num_pages) if page not in always]
 
 
-def _share(above: set[int], eligible: Sequence[int]) -> float:
-    return len(above) / len(eligible) if eligible else 0.0
+def _share(above: int, view: PageView) -> float:
+    eligible = view.num_pages - len(view.always)
+    return above / eligible if eligible else 0.0
+
+
+def _logit(probability: float) -> float:
+    return math.log(probability / (1 - probability))
 
 
 def _selection(

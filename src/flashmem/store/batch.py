@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from flashmem.kernels.kv_codec import decode_rows, get_planar, get_planar_pages
+from flashmem.kernels.paged import to_device
 
 from .history import decode_keys
-from .records import to_device
 
 if TYPE_CHECKING:
     from .tiered import PageStore, SessionPages

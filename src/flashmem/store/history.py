@@ -12,9 +12,10 @@ import torch
 
 from flashmem.kernels.index_rows import decode_index_rows
 from flashmem.kernels.kv_codec import decode_rows
+from flashmem.kernels.paged import to_device
 
 from .layout import RecordLayout, Region
-from .records import merge_rows, read_rows, to_device
+from .records import merge_rows, read_rows
 
 if TYPE_CHECKING:
     from .tiered import PageTables, SessionPages

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 import torch
 
 from flashmem.kernels.kv_codec import get_planar, get_planar_pages
+from flashmem.kernels.paged import to_device
 from flashmem.types import BudgetError
 
 from .copies import Run
@@ -211,11 +212,4 @@ def merge_rows(pieces: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
     return rows.index_select(0, to_device(where.argsort(), rows.device))  # whole rows; a scatter would go by bytes
 
 
-def to_device(indices: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Indices from the CPU, without making the host wait for the device."""
-    if device.type == "cuda":
-        return indices.pin_memory().to(device, non_blocking=True)
-    return indices  # "cpu" and "cpu:1" are one place, although torch would copy
-
-
-__all__ = ["RecordStore", "Records", "StackedRecords", "merge_rows", "read_rows", "to_device"]
+__all__ = ["RecordStore", "Records", "StackedRecords", "merge_rows", "read_rows"]

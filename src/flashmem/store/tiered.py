@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 
 from flashmem.kernels.kv_codec import put_planar
+from flashmem.kernels.paged import to_device
 from flashmem.types import BudgetError, TierBytes, Traffic, check_sorted_unique
 
 from .batch import DecodeBatch
@@ -26,7 +27,7 @@ from .disk import DiskTier
 from .history import History
 from .host import HostMirror
 from .layout import RecordLayout, encode_entries
-from .records import Records, RecordStore, StackedRecords, to_device
+from .records import Records, RecordStore, StackedRecords
 from .resident import ResidentRows
 
 HOST, DISK, SAVED = 0, 1, 2
