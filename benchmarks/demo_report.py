@@ -21,9 +21,9 @@ from flashmem.training.backbone.gates import wilson
 
 RESULTS, PAGE = ROOT / "results/backbone", ROOT / "docs/models/demo.md"
 CURVES, LOG = ROOT / "docs/models/demo-training.svg", ROOT / "src/flashmem/models/demo/training_log.jsonl"
-PARTS = ("results", "lsa")
+PARTS = ("results", "lsa", "kept")
 """Parts of the page between markers that name them."""
-LSA_RUNS = ("lsa-16k", "lsa-64k")
+MINI_TABLE = ROOT / "results/mini-table1"
 POLICIES = ("full", "lsa", "native@match", "carry-over@match", "recency@match", "random@match")
 KINDS = ("single", "multikey", "multivalue", "multiquery", "vt", "ahead", "mixed")
 
@@ -157,11 +157,17 @@ def plot(rows: list[dict[str, Any]]) -> None:
     CURVES.write_text("\n".join(line.rstrip() for line in CURVES.read_text().splitlines()) + "\n")
 
 
+def mini_runs(half: bool) -> list[dict[str, Any]]:
+    """Metrics of the evaluation's runs, shortest first; those at half the pages are in folders of their own."""
+    paths = [path for path in MINI_TABLE.glob("*/metrics.json") if path.parent.name.endswith("-half") == half]
+    runs: list[dict[str, Any]] = [json.loads(path.read_text()) for path in paths]
+    return sorted(runs, key=lambda metrics: int(metrics["run"]["made"]["lengths"][0]))
+
+
 def lsa() -> str:
     """Rows: task and length; columns: policies at LSA's bytes, and LSA's difference to full attention."""
     rows = []
-    for name in LSA_RUNS:
-        metrics: dict[str, Any] = json.loads((ROOT / "results" / name / "metrics.json").read_text())
+    for metrics in mini_runs(half=False):
         cells = {(cell["task"], cell["policy"]): cell for cell in metrics["cells"]}
         for pair in metrics["comparisons"]:
             if (pair["policy"], pair["against"]) != ("lsa", "full") or pair["length"] is None:
@@ -173,6 +179,26 @@ def lsa() -> str:
             rows.append([length, task or "all", f"{pair['pairs']} / {pair['clusters']}", *scores, difference])
     head = ["length", "task", "questions / documents", *(name.removesuffix("@match") for name in POLICIES)]
     return table([*head, "LSA - full, points"], rows)
+
+
+def kept() -> str:
+    """Rows: runs; columns: what LSA holds of a full cache, and all tasks together against full attention."""
+    rows = []
+    for metrics in [*mini_runs(half=False), *mini_runs(half=True)]:
+        pair = next(
+            pair for pair in metrics["comparisons"]
+            if (pair["policy"], pair["against"], pair["task"]) == ("lsa", "full", None) and pair["length"] is not None
+        )  # fmt: skip
+        held = next(row for row in metrics["averages"] if row["policy"] == "lsa" and row["length"] == pair["length"])
+        low, high = (f"{100 * value:+.1f}" for value in pair["interval"])
+        rows.append([
+            f"{pair['length'] // 1024}K", percent(metrics["run"]["lsa"]["keep"]),
+            percent(held["paper_ratio_of_means"]), percent(held["all_in_ratio_of_means"]),
+            f"{pair['pairs']} / {pair['clusters']}", f"{100 * pair['difference']:+.1f} ({low} to {high})",
+            "yes" if pair["noninferior"] else "no",
+        ])  # fmt: skip
+    head = ["length", "pages, %", "paper bytes, %", "all-in bytes, %", "questions / documents", "LSA - full, points"]
+    return table([*head, "non-inferior at 2 points"], rows)
 
 
 def results(rows: list[dict[str, Any]]) -> str:
@@ -193,7 +219,7 @@ def results(rows: list[dict[str, Any]]) -> str:
 def page(rows: list[dict[str, Any]]) -> str:
     """The page with its tables made anew; `rows` are the training log's."""
     text = PAGE.read_text()
-    for name, made in zip(PARTS, (results(rows), lsa()), strict=True):
+    for name, made in zip(PARTS, (results(rows), lsa(), kept()), strict=True):
         begin, end = f"<!-- begin {name}: written by benchmarks/demo_report.py -->", f"<!-- end {name} -->"
         before, after = text[: text.index(begin)], text[text.index(end) :]
         text = f"{before}{begin}\n\n{made}\n{after}"

@@ -19,4 +19,4 @@ def test_result_files_are_there(name: str) -> None:
 
 def test_documents_name_result_files() -> None:
     """Else the test above tests nothing."""
-    assert "`results/lsa-16k/table.md`" in (ROOT / "docs/models/demo.md").read_text()
+    assert "`results/mini-table1/16k/table.md`" in (ROOT / "docs/models/demo.md").read_text()

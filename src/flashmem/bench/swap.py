@@ -23,7 +23,7 @@ import torch
 from ..accounting.bytes import kept_pages
 from ..config import KVFormat, ModelGeometry
 from ..store import PageStore, RecordLayout, Run
-from ..store.copies import Copies, LoopedCopies, best_copies
+from ..store.copies import Copies, LoopedCopies
 from . import report
 
 CHURNS = (0.05, 0.1, 0.25, 0.5, 1.0)
@@ -93,7 +93,6 @@ class _Swaps:
             layout, dtype=torch.bfloat16, device_budget_bytes=case.resident_pages * layout.record_bytes,
             host_budget_bytes=case.num_pages * layout.record_bytes, disk_path=None, disk_budget_bytes=None,
         )  # fmt: skip
-        self.store.pool.copies = best_copies([device])
         self.pinned = self.store.host.pinned
         self.homes = self.store.host.take(case.num_pages)
         self.slots = self.store.pool.take(case.resident_pages, 0)

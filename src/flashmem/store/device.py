@@ -21,7 +21,7 @@ import torch
 
 from flashmem.types import BudgetError
 
-from .copies import Copies, LoopedCopies, Run
+from .copies import Copies, Run, best_copies
 from .layout import RecordLayout
 
 POISON = 0xFF
@@ -48,7 +48,7 @@ class DevicePool:
             raise BudgetError("device", layout.record_bytes, budget_bytes)
         self.parts = [self._new_part(slots, index) for index in range(len(layout.parts))]
         self.owner_of: dict[int, int] = {}
-        self.copies: Copies = LoopedCopies()  # batched ones (`best_copies`) wait for a device to measure them on
+        self.copies: Copies = best_copies(layout.devices)
         self._free = list(range(slots))  # a heap
         self._busy: dict[int, Ticket] = {}  # free slots and the copies that may still use them
         self._sides = [_SideStream(device) for device in layout.devices]
