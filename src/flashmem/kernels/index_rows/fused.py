@@ -26,7 +26,7 @@ def encode_index_rows_fused(keys: torch.Tensor) -> torch.Tensor:
     return rows
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def _encode_kernel(
     keys_ptr, rows_ptr, count, CHANNELS: tl.constexpr, STEPS: tl.constexpr, BLOCK_ROWS: tl.constexpr
 ):  # fmt: skip

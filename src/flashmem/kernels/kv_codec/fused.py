@@ -30,7 +30,7 @@ def encode_fp8_fused(kv_ND: torch.Tensor, rope_dim: int, scale_bytes: int) -> to
     return rows_NE
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def _encode_kernel(
     kv_ptr, rows_ptr, count, HEAD_DIM: tl.constexpr, ROPE_DIM: tl.constexpr, SCALE_BYTES: tl.constexpr,
     BLOCKS: tl.constexpr, BLOCK_ROPE: tl.constexpr, BLOCK_ROWS: tl.constexpr,

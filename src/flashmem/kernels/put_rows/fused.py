@@ -25,7 +25,7 @@ def put_rows_fused(rows: PagedRows, index_B: torch.Tensor, bytes_BE: torch.Tenso
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_width"])
 def _put_kernel(
     bytes_ptr, index_ptr, addresses_ptr, numbers_ptr, table_width,
     TABLE: tl.constexpr, PAGE_CHUNKS: tl.constexpr, PAGE_STRIDE: tl.constexpr, DATA_BYTES: tl.constexpr,

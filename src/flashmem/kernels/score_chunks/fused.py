@@ -229,7 +229,7 @@ def _load_query(
     return tl.load(at, mask=(heads < HEADS)[:, None] & (channels < CHANNELS)[None, :], other=0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "tokens", "queries", "width", "table_width", "share"])
 def _score_kernel(
     q_ptr, w_ptr, addresses_ptr, numbers_ptr, counts_ptr, out_ptr, score_ptr, above_ptr,
     batch, tokens, queries, width, table_width, inverse_temperature, temperature, threshold, share,

@@ -39,7 +39,7 @@ def select_pages_fused(
     return out, counts, above
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["width", "sink", "recency"])
 def _select_kernel(
     scores_ptr, hits_ptr, num_pages_ptr, least_ptr, most_ptr, out_ptr, counts_ptr, above_ptr, width, sink, recency,
     ABOVE: tl.constexpr, BLOCK_PAGES: tl.constexpr,
