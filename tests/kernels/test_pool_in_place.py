@@ -20,20 +20,22 @@ class Rings:
     """Sessions at given positions in a pool whose other rows are NaN, as is what a session has not written yet."""
 
     def __init__(
-        self, windows: int, tokens: int, channels: int, positions: list[int], device: torch.device, seed: int = 0
-    ) -> None:
+        self, windows: int, tokens: int, channels: int, positions: list[int], device: torch.device,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:  # fmt: skip
         batch, self.slots, width = len(positions), windows * tokens, windows * channels
         self.rings = [torch.full((2 * batch + 1, self.slots, width), float("nan"), device=device) for _ in range(2)]
-        self.rows = 2 * torch.randperm(batch, generator=torch.Generator().manual_seed(seed)).to(device) + 1
+        self.rows = 2 * torch.randperm(batch, generator=torch.Generator().manual_seed(0)).to(device) + 1
         self.positions = torch.tensor(positions, dtype=torch.int64, device=device)
         for which, ring in enumerate(self.rings):
-            values = draw(batch, self.slots, width, seed=seed + which).to(device) * (1 + 4 * which)
+            values = draw(batch, self.slots, width, seed=which).to(device) * (1 + 4 * which)
             for b, position in enumerate(positions):
                 count = min(position, self.slots)
                 written = torch.arange(position - count, position) % self.slots
                 ring[self.rows[b], written] = values[b, written]
-        self.new = [draw(batch, width, seed=seed + 7 + which).to(device) for which in range(2)]
-        self.bias = draw(tokens, width, seed=seed + 9).to(device)
+        self.new = [draw(batch, width, seed=7 + which).to(device) for which in range(2)]
+        self.rings, self.new = ([x.to(dtype) for x in both] for both in (self.rings, self.new))
+        self.bias = draw(tokens, width, seed=9).to(device)
 
     def pool(self, impl: str) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """Entries, and the rings afterwards."""
@@ -49,6 +51,7 @@ def written(rings: Rings) -> list[torch.Tensor]:
     return out
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     ("windows", "tokens", "channels", "positions"),
     [
@@ -62,15 +65,16 @@ def written(rings: Rings) -> list[torch.Tensor]:
     ],
 )
 def test_it_pools_as_defined(
-    windows: int, tokens: int, channels: int, positions: list[int], triton_device: torch.device
+    windows: int, tokens: int, channels: int, positions: list[int], dtype: torch.dtype, triton_device: torch.device
 ) -> None:
-    rings = Rings(windows, tokens, channels, positions, triton_device)
+    rings = Rings(windows, tokens, channels, positions, triton_device, dtype)
     wanted, _ = rings.pool("reference")
     found, after = rings.pool("fused")
     complete = [(position + 1) % tokens == 0 for position in positions]
     assert found.shape == (len(positions), channels)
     assert [bool(row.any()) for row in found] == complete
-    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+    rtol = 1e-5 if dtype is torch.float32 else 2**-7  # a step of bfloat16, which the interpreter cuts off
+    torch.testing.assert_close(found, wanted, rtol=rtol, atol=1e-6)
     for ring, expected in zip(after, written(rings), strict=True):
         torch.testing.assert_close(ring, expected, rtol=0, atol=0, equal_nan=True)
 
