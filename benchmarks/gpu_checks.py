@@ -474,6 +474,8 @@ KERNEL_TESTS = (
     "encode_fused.py::test_index_rows_are_the_same_bytes",
     "encode_fused.py::test_fp8_entries_are_the_same_bytes",
     "encode_fused.py::test_windows_pool_as_defined",
+    "norm_rope.py::test_norms_and_rotations",
+    "pool_in_place.py::test_it_pools_as_defined",
     "put_rows.py::test_rows_go_through_page_tables",
     "score_fused.py::test_exact_keys",
     "score_fused.py::test_fp8_products_are_exact",

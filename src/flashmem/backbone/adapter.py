@@ -17,6 +17,7 @@ import torch
 from transformers.models.deepseek_v4 import modeling_deepseek_v4 as stock
 
 from ..config import ModelGeometry
+from ..kernels.norm_rope import norm_rope
 from .fused import FusedStep
 from .steps import DecodeStep, PrefillStep
 
@@ -31,6 +32,8 @@ class LSAAttention(stock.DeepseekV4Attention):
         if cache.step is None:
             raise RuntimeError("this cache has no forward in progress: call the model that flashmem is attached to")
         rope = cos, sin = position_embeddings[self.rope_layer_type]
+        if isinstance(cache.step, FusedStep):
+            return self._one_token(cache.step, hidden_states, rope), None
         q_residual = self.q_a_norm(self.q_a_proj(hidden_states))
         q = self.q_b_norm(self.q_b_proj(q_residual).unflatten(-1, (-1, self.head_dim)))
         q = stock.apply_rotary_pos_emb(q, cos, sin, unsqueeze_dim=2)
@@ -38,8 +41,24 @@ class LSAAttention(stock.DeepseekV4Attention):
         kv = stock.apply_rotary_pos_emb(kv[:, :, None], cos, sin, unsqueeze_dim=2)[:, :, 0]
         out = cache.step.attend(self, hidden_states, q_residual, q, kv, rope)
         out = stock.apply_rotary_pos_emb(out, cos, -sin, unsqueeze_dim=2)  # V carries its position: take it off
-        out = self.o_a_proj(out.reshape(*hidden_states.shape[:-1], self.config.o_groups, -1)).flatten(2)
-        return self.o_b_proj(out), None
+        return self._project_out(out), None
+
+    def _one_token(
+        self, step: FusedStep, hidden: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor]
+    ) -> torch.Tensor:
+        """The same for one token of each session: a norm and its rotary embedding are one launch."""
+        norm = self.q_a_norm
+        q_residual = norm_rope(self.q_a_proj(hidden), eps=norm.variance_epsilon, weight_D=norm.weight, impl="fused")
+        q = self.q_b_proj(q_residual).unflatten(-1, (-1, self.head_dim))
+        q = norm_rope(q, eps=self.q_b_norm.eps, rope=rope, impl="fused")
+        norm = self.kv_norm
+        kv = norm_rope(self.kv_proj(hidden), eps=norm.variance_epsilon, weight_D=norm.weight, rope=rope, impl="fused")
+        out = step.attend(self, hidden, q_residual, q, kv, rope)
+        return self._project_out(norm_rope(out, rope=rope, inverse=True, impl="fused"))
+
+    def _project_out(self, out: torch.Tensor) -> torch.Tensor:
+        out = self.o_a_proj(out.reshape(*out.shape[:2], self.config.o_groups, -1)).flatten(2)
+        return self.o_b_proj(out)
 
 
 class Backbone:

@@ -2,7 +2,7 @@
 
 Nothing in a step depends on values that only the device knows, and nothing waits for the device: what a step needs to
 know of its sessions is in tensors of a fixed place (`StepPlaces`, and those behind `PagesInPlace`), filled before it
-runs. Every session pools a window in every step; only the sessions that complete one store it.
+runs. Every session gets an entry in every step; only that of a session that completes a window is pooled, and stored.
 
 Shape letters: B = places for sessions, E = hidden size, H = heads, D = head_dim, I = index_head_dim, W = window,
 L = HCA layers of a device.
@@ -21,7 +21,7 @@ from ..kernels.paged import PagedRows, interleaved_form, overwrite
 from ..kernels.put_rows import put_rows
 from ..kernels.select_chunks import select_resident
 from ..kernels.sparse_attention import EntrySource, attend_rows
-from .compressor import pool_plain, pool_rings, project
+from .compressor import first_token_rope, pool_newest, project
 from .state import SessionState, StatePool
 from .steps import TokenStep, index_query
 
@@ -79,7 +79,8 @@ class StepPlaces:
         rows, pads = [state.row for state in states], self.size - len(states)
         if pads:
             rows += [self.pool.padding_row()] * pads
-        numbers = [rows, positions + [0] * pads, born + [-1] * pads]
+        slots = [position % g.sliding_window for position in positions]
+        numbers = [rows, positions + [0] * pads, slots + [0] * pads, born + [-1] * pads]
         windows = [min(position + 1, g.sliding_window) for position in positions] + [1] * pads
         for device in self.devices.values():
             device.fill(states, numbers, [windows, counts + [0] * pads])
@@ -92,8 +93,8 @@ class _OnDevice:
         pool, size = places.pool, places.size
         g, layers = pool.geometry, [layer for layer, at in pool.device_of_layer.items() if at == device]
         self.hca_layers = [layer for layer in g.hca_layers if layer in layers]
-        self.numbers = torch.zeros(3 + len(self.hca_layers), size, dtype=torch.int64, device=device)
-        self.rows_B, self.positions_B, self.hca_born_B = self.numbers[:3]
+        self.numbers = torch.zeros(4 + len(self.hca_layers), size, dtype=torch.int64, device=device)
+        self.rows_B, self.positions_B, self.window_slot_B, self.hca_born_B = self.numbers[:4]
         self.counts = torch.zeros(2, size, dtype=torch.int32, device=device)
         ring_form = PlanarForm(g.sliding_window, places.window_spec.data_bytes, 0, multiple=1)
         spec = pool.hca_format
@@ -106,7 +107,7 @@ class _OnDevice:
             for layer in layers
         }  # fmt: skip
         self.entries = {
-            layer: PagedRows.at(entry_form, self.numbers[3 + place : 4 + place], self.counts[1], hca_rows)
+            layer: PagedRows.at(entry_form, self.numbers[4 + place : 5 + place], self.counts[1], hca_rows)
             for place, layer in enumerate(self.hca_layers)
         }
 
@@ -125,6 +126,7 @@ class FusedStep(TokenStep):
         self.places, self.pages = places, pages
         self.pool: StatePool = places.pool
         self.precision: Precision | None = "fp32" if self.pool.dtype is torch.float32 else None
+        self._ropes: dict[tuple[torch.device, int], tuple[torch.Tensor, torch.Tensor]] = {}
 
     @property
     def positions(self) -> torch.Tensor:
@@ -144,7 +146,7 @@ class FusedStep(TokenStep):
         hidden_BE, here = hidden[:, 0], self.places.devices[self.pool.device_of_layer[attention.layer_idx]]
         if layer in self.pool.target_layers:
             self._observed.append((layer, hidden_BE))
-        self._put(layer, "window", kv[:, 0])
+        put_rows(here.windows[layer], here.window_slot_B, kv[:, 0].contiguous().view(torch.uint8), impl="fused")
         sources = [EntrySource(here.windows[layer], self.places.window_spec)]
         if kind == "csa":
             sources.append(self._csa_source(attention.compressor, layer, hidden_BE, q_residual, rope))
@@ -167,8 +169,8 @@ class FusedStep(TokenStep):
         rope: tuple[torch.Tensor, torch.Tensor],
     ) -> EntrySource:  # fmt: skip
         pages = self.pages
-        kv_BD = self._csa_window(compressor, layer, "", hidden_BE)
-        pages.write(layer, kv_BD, self._csa_window(compressor.indexer, layer, "index_", hidden_BE))
+        kv_BD = self._window(compressor, layer, "", hidden_BE)
+        pages.write(layer, kv_BD, self._window(compressor.indexer, layer, "index_", hidden_BE))
         q, weights = index_query(compressor.indexer, hidden_BE[:, None], q_residual, rope, pages.keys_rotated)
         picks = select_resident(
             q[:, 0], weights[:, 0], pages.keys(layer), self.pool.geometry.index_topk, ordered=False,
@@ -176,26 +178,25 @@ class FusedStep(TokenStep):
         )  # fmt: skip
         return EntrySource(pages.entries(layer), pages.kv_spec, picks)
 
-    def _csa_window(self, module: Any, layer: int, prefix: str, hidden_BE: torch.Tensor) -> torch.Tensor:
-        kv, gate, here = self._project(module, layer, prefix, hidden_BE)
-        return pool_rings(module, kv, gate, here.positions_B, impl="fused")
-
     def _hca_source(self, compressor: Any, layer: int, hidden_BE: torch.Tensor) -> EntrySource:
-        spec = self.pool.hca_format
-        kv, gate, here = self._project(compressor, layer, "", hidden_BE)
-        first_B = here.positions_B + 1 - self.pool.geometry.hca_ratio  # where a window is complete: in ring order
-        entries_BD = pool_plain(compressor, kv, gate, first_B, impl="fused")
+        spec, here = self.pool.hca_format, self.places.devices[self.pool.device_of_layer[layer]]
+        entries_BD = self._window(compressor, layer, "", hidden_BE)
         put_rows(here.entries[layer], here.hca_born_B, encode_rows(spec, entries_BD, impl="fused"), impl="fused")
         return EntrySource(here.entries[layer], spec)
 
-    def _project(
-        self, module: Any, layer: int, prefix: str, hidden_BE: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, _OnDevice]:
-        """The sessions' kv and gate rings with this token in them."""
+    def _window(self, module: Any, layer: int, prefix: str, hidden_BE: torch.Tensor) -> torch.Tensor:
+        """Put this token into the sessions' rings; return the entries of the windows that it completes."""
         here = self.places.devices[self.pool.device_of_layer[layer]]
-        rings = zip(("kv", "gate"), project(module, hidden_BE), strict=True)
-        kv, gate = (self._put(layer, f"{prefix}{name}", values)[here.rows_B] for name, values in rings)
-        return kv, gate, here
+        rings = self.pool.tensors[layer, f"{prefix}kv"], self.pool.tensors[layer, f"{prefix}gate"]
+        rope = self._first_token_rope(module, here)
+        return pool_newest(module, rings, project(module, hidden_BE), here.rows_B, here.positions_B, rope)
+
+    def _first_token_rope(self, module: Any, here: _OnDevice) -> tuple[torch.Tensor, torch.Tensor]:
+        """Made once for all layers of a device whose windows are equally long: their tables are the same."""
+        key = here.rows_B.device, module.compress_rate
+        if key not in self._ropes:
+            self._ropes[key] = first_token_rope(module, here.positions_B, self.pool.dtype)
+        return self._ropes[key]
 
 
 class FusedSteps:

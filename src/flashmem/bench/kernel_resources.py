@@ -22,6 +22,8 @@ from triton.runtime.jit import JITFunction
 from ..kernels.compress import compress
 from ..kernels.index_rows import encode_index_rows
 from ..kernels.kv_codec import KVFormatSpec, encode_rows
+from ..kernels.norm_rope import norm_rope
+from ..kernels.pool_in_place import pool_in_place
 from ..kernels.score_chunks import fused as score
 from ..kernels.select_chunks import fused as select
 from ..kernels.select_pages import select_pages
@@ -129,6 +131,10 @@ def variants() -> Iterator[tuple[str, Callable[[], object]]]:
     yield "encode fp8 entries", lambda: encode_rows(spec, _bf16(1024, kernel_cases.HEAD_DIM), impl="fused")
     for slots in (8, 128):
         yield f"pool {slots} slots", _pool(slots)
+    for windows, tokens in ((2, 4), (1, 128)):
+        yield f"pool {windows * tokens} slots in place", _pool_in_place(windows, tokens)
+    for kind in ("queries", "entries", "results"):
+        yield f"norm and rotate {kind}", _norm_rope(kind)
     for kv_format in ("fp8", "bf16"):
         for shares in (1, 8):
             for choice in kernel_cases.attend_tiles(shares):
@@ -167,6 +173,21 @@ def _bf16(*shape: int) -> torch.Tensor:
 def _pool(slots: int) -> Callable[[], object]:
     kv = _bf16(1024, slots, kernel_cases.HEAD_DIM)
     return lambda: compress(kv, kv.float(), impl="fused")
+
+
+def _pool_in_place(windows: int, tokens: int) -> Callable[[], object]:
+    width = windows * kernel_cases.HEAD_DIM
+    ring, new, bias = _bf16(8, windows * tokens, width), _bf16(8, width), torch.empty(tokens, width, device=META)
+    index = torch.empty(8, dtype=torch.int64, device=META)
+    return lambda: pool_in_place(ring, ring, new, new, bias, index, index, impl="fused")
+
+
+def _norm_rope(kind: str) -> Callable[[], object]:
+    dim, rope = kernel_cases.HEAD_DIM, (_bf16(8, kernel_cases.ROPE_DIM // 2),) * 2
+    if kind == "entries":
+        return lambda: norm_rope(_bf16(8, dim), eps=1e-6, weight_D=_bf16(dim), rope=rope, impl="fused")
+    x, norm = _bf16(8, 64, dim), {"eps": 1e-6} if kind == "queries" else {"inverse": True}
+    return lambda: norm_rope(x, rope=rope, impl="fused", **norm)
 
 
 def _topk(count: int, ordered: bool) -> object:

@@ -49,8 +49,7 @@ MODULES = {
 """Components of a layer's modules; the layer's own time mixes the streams of mHC."""
 BOOKKEEPING = "step: indices and rings"
 _OF_BOTH = (
-    ("index_query", "level 2: query"), ("project", "compressor: projections"), ("pool_rings", "compressor: pooling"),
-    ("pool_plain", "compressor: pooling"), ("encode_rows", "compressor: encode"),
+    ("index_query", "level 2: query"), ("project", "compressor: projections"), ("encode_rows", "compressor: encode"),
 )  # fmt: skip
 FUNCTIONS = (
     (fused_step, "select_resident", "level 2: top-k"), (select, "prepare_queries", "level 2: scores"),
@@ -60,6 +59,8 @@ FUNCTIONS = (
     (DecodeBatch, "chunk_ids", "gather of pages"), (DecodeBatch, "write", "put rows"),
     (steps, "decode_rows", "gather of pages"), (resident, "encode_entries", "compressor: encode"),
     (resident, "put_rows", "put rows"), (fused_step, "put_rows", "put rows"),
+    (steps, "pool_rings", "compressor: pooling"), (steps, "pool_plain", "compressor: pooling"),
+    (fused_step, "pool_newest", "compressor: pooling"), (fused_step, "first_token_rope", "compressor: pooling"),
     *((owner, name, component) for owner in (fused_step, steps) for name, component in _OF_BOTH),
 )  # fmt: skip
 BOUNDARY = (
