@@ -474,6 +474,7 @@ KERNEL_TESTS = (
     "encode_fused.py::test_index_rows_are_the_same_bytes",
     "encode_fused.py::test_fp8_entries_are_the_same_bytes",
     "encode_fused.py::test_windows_pool_as_defined",
+    "hyper_connection.py::test_nothing_beyond_the_values_is_read",
     "put_rows.py::test_rows_go_through_page_tables",
     "score_fused.py::test_exact_keys",
     "score_fused.py::test_fp8_products_are_exact",
