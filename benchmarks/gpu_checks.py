@@ -476,6 +476,7 @@ KERNEL_TESTS = (
     "encode_fused.py::test_windows_pool_as_defined",
     "norm_rope.py::test_norms_and_rotations",
     "pool_in_place.py::test_it_pools_as_defined",
+    "hyper_connection.py::test_nothing_beyond_the_values_is_read",
     "put_rows.py::test_rows_go_through_page_tables",
     "score_fused.py::test_exact_keys",
     "score_fused.py::test_fp8_products_are_exact",

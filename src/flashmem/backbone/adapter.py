@@ -1,4 +1,4 @@
-"""Class swap of the attention modules of a loaded `DeepseekV4ForCausalLM`, and its forwards.
+"""Class swap of the layers of a loaded `DeepseekV4ForCausalLM` and of their attention, and its forwards.
 
 Swapped modules behave as before unless the cache they are given carries a `step`; there are no new parameters, and
 `Backbone.detach` puts the stock classes back. Works with transformers from 5.17, whose modules call the cache argument
@@ -17,6 +17,7 @@ import torch
 from transformers.models.deepseek_v4 import modeling_deepseek_v4 as stock
 
 from ..config import ModelGeometry
+from ..kernels.hyper_connection import Connection, collapse, spread
 from ..kernels.norm_rope import norm_rope
 from .fused import FusedStep
 from .steps import DecodeStep, PrefillStep
@@ -61,6 +62,31 @@ class LSAAttention(stock.DeepseekV4Attention):
         return self.o_b_proj(out)
 
 
+class LSADecoderLayer(stock.DeepseekV4DecoderLayer):
+    """Layer whose hyper-connections and norms run on the fused kernels in a fused step; the stock layer otherwise."""
+
+    def forward(self, hidden_states, input_ids=None, **kwargs):  # type: ignore[no-untyped-def]
+        cache = kwargs.get("cache", kwargs.get("past_key_values"))
+        if not isinstance(getattr(cache, "step", None), FusedStep):
+            return super().forward(hidden_states, input_ids, **kwargs)
+        streams_BNE = hidden_states[:, 0]  # of one token each
+        post, comb, normed_BE = collapse(streams_BNE, _connection(self.attn_hc, self.input_layernorm), impl="fused")
+        out, _ = self.self_attn(normed_BE[:, None], **kwargs)
+        streams_BNE = spread(out[:, 0], post, comb, streams_BNE, impl="fused")
+        connection = _connection(self.ffn_hc, self.post_attention_layernorm)
+        post, comb, normed_BE = collapse(streams_BNE, connection, impl="fused")
+        out = self.mlp(normed_BE[:, None], input_ids=input_ids)
+        return spread(out[:, 0], post, comb, streams_BNE, impl="fused")[:, None]
+
+
+def _connection(module: Any, norm: Any) -> Connection:
+    return Connection(
+        fn_OF=module.fn, base_O=module.base, scale_3=module.scale, norm_weight_E=norm.weight,
+        streams_eps=module.input_norm.eps, mix_eps=module.hc_eps, norm_eps=norm.variance_epsilon,
+        sinkhorn_iterations=module.hc_sinkhorn_iters,
+    )  # fmt: skip
+
+
 class Backbone:
     """A loaded model whose attention reads pages."""
 
@@ -68,7 +94,10 @@ class Backbone:
         if not isinstance(model, stock.DeepseekV4ForCausalLM):
             raise ValueError(f"flashmem runs DeepseekV4ForCausalLM, got {type(model).__name__}")
         attentions = [layer.self_attn for layer in model.model.layers]
-        for attention in attentions:
+        for layer in model.model.layers:
+            attention = layer.self_attn
+            if type(layer) is not stock.DeepseekV4DecoderLayer:
+                raise ValueError(f"layer {attention.layer_idx} is a {type(layer).__name__}: already attached?")
             if type(attention) is not stock.DeepseekV4Attention:
                 raise ValueError(f"layer {attention.layer_idx} has {type(attention).__name__}: already attached?")
             if "forward" in attention.__dict__:
@@ -84,15 +113,21 @@ class Backbone:
             "cache" if "cache" in inspect.signature(model.model.forward).parameters else "past_key_values"
         )
         self._keep_norms_in_dtype()
-        for attention in attentions:
-            attention.__class__ = LSAAttention
+        self._become(LSADecoderLayer, LSAAttention)
         self.attached = True
 
     def detach(self) -> None:
         """Put the stock classes back."""
-        for layer in self.model.model.layers:
-            layer.self_attn.__class__ = stock.DeepseekV4Attention
+        self._become(stock.DeepseekV4DecoderLayer, stock.DeepseekV4Attention)
         self.attached = False
+
+    def _become(self, layer_class: Any, attention_class: Any) -> None:
+        for layer in self.model.model.layers:
+            layer.__class__ = layer_class
+            layer.self_attn.__class__ = attention_class
+            # where layers lie on several devices, accelerate wraps the forward that a layer had when it was loaded
+            if "_old_forward" in layer.__dict__:
+                layer._old_forward = layer_class.forward.__get__(layer)
 
     def _keep_norms_in_dtype(self) -> None:
         """Before transformers 5.20, a float32 norm weight makes a bf16 model's norms return float32 and crash."""

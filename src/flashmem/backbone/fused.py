@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from ..config import ModelGeometry
+from ..kernels.hyper_connection import MOST_HIDDEN, MOST_STREAMS
 from ..kernels.kv_codec import KVFormatSpec, PlanarForm, encode_rows
 from ..kernels.paged import PagedRows, interleaved_form, overwrite
 from ..kernels.put_rows import put_rows
@@ -236,6 +237,8 @@ def check_fused(geometry: ModelGeometry, pool: StatePool) -> None:
     for name, value, most in (
         ("index heads", g.index_heads, MOST_INDEX_HEADS),
         ("index_topk", g.index_topk, MOST_PICKS),
+        ("residual streams", g.hc_mult, MOST_STREAMS),
+        ("channels", g.hidden_size, MOST_HIDDEN),
     ):
         if value > most:
             raise ValueError(f"kernels='fused' takes at most {most} {name}, the model has {value}")

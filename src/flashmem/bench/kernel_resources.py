@@ -20,6 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from ..kernels.compress import compress
+from ..kernels.hyper_connection import Connection, collapse, spread
 from ..kernels.index_rows import encode_index_rows
 from ..kernels.kv_codec import KVFormatSpec, encode_rows
 from ..kernels.norm_rope import norm_rope
@@ -135,6 +136,9 @@ def variants() -> Iterator[tuple[str, Callable[[], object]]]:
         yield f"pool {windows * tokens} slots in place", _pool_in_place(windows, tokens)
     for kind in ("queries", "entries", "results"):
         yield f"norm and rotate {kind}", _norm_rope(kind)
+    for batch in (1, 8):
+        yield f"collapse streams of {batch}", _collapse(batch)
+    yield "spread streams", _spread
     for kv_format in ("fp8", "bf16"):
         for shares in (1, 8):
             for choice in kernel_cases.attend_tiles(shares):
@@ -188,6 +192,25 @@ def _norm_rope(kind: str) -> Callable[[], object]:
         return lambda: norm_rope(_bf16(8, dim), eps=1e-6, weight_D=_bf16(dim), rope=rope, impl="fused")
     x, norm = _bf16(8, 64, dim), {"eps": 1e-6} if kind == "queries" else {"inverse": True}
     return lambda: norm_rope(x, rope=rope, impl="fused", **norm)
+
+
+def _collapse(batch: int) -> Callable[[], object]:
+    streams, channels = kernel_cases.STREAMS, kernel_cases.STREAMS * kernel_cases.HIDDEN
+    outputs = (2 + streams) * streams
+    fn, base, scale, norm = (
+        torch.empty(shape, device=META) for shape in ((outputs, channels), (outputs,), (3,), (kernel_cases.HIDDEN,))
+    )
+    connection = Connection(
+        fn_OF=fn, base_O=base, scale_3=scale, norm_weight_E=norm, streams_eps=1e-6, mix_eps=1e-6, norm_eps=1e-6,
+        sinkhorn_iterations=20,
+    )  # fmt: skip
+    return lambda: collapse(_bf16(batch, streams, kernel_cases.HIDDEN), connection, impl="fused")
+
+
+def _spread() -> object:
+    streams, hidden = kernel_cases.STREAMS, kernel_cases.HIDDEN
+    post, comb = torch.empty(1, streams, device=META), torch.empty(1, streams, streams, device=META)
+    return spread(_bf16(1, hidden), post, comb, _bf16(1, streams, hidden), impl="fused")
 
 
 def _topk(count: int, ordered: bool) -> object:

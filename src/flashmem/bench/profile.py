@@ -38,15 +38,17 @@ from .kernel_timing import copy_bytes_per_second
 from .skeleton import Mode, Skeleton
 
 OTHER = "embedding, rotary tables, final norm"
+STREAMS = "mHC and norms of layers"
 MODULES = {
     "self_attn": "attention: norms, rotary embedding", "self_attn.q_a_proj": "attention projections",
     "self_attn.q_b_proj": "attention projections", "self_attn.kv_proj": "attention projections",
     "self_attn.o_a_proj": "attention projections", "self_attn.o_b_proj": "attention projections",
-    "input_layernorm": "norms of layers", "post_attention_layernorm": "norms of layers",
-    "attn_hc": "mHC", "ffn_hc": "mHC", "mlp": "MoE: rest", "mlp.gate": "MoE: router", "mlp.experts": "MoE: experts",
+    "input_layernorm": STREAMS, "post_attention_layernorm": STREAMS, "attn_hc": STREAMS, "ffn_hc": STREAMS,
+    "mlp": "MoE: rest", "mlp.gate": "MoE: router", "mlp.experts": "MoE: experts",
     "mlp.shared_experts": "MoE: shared expert",
 }  # fmt: skip
-"""Components of a layer's modules; the layer's own time mixes the streams of mHC."""
+"""Components of a layer's modules; the layer's own time mixes the streams of mHC, and in fused steps collapses and
+normalises them too: one component, so that steps on both kernels can be compared."""
 BOOKKEEPING = "step: indices and rings"
 _OF_BOTH = (
     ("index_query", "level 2: query"), ("project", "compressor: projections"), ("encode_rows", "compressor: encode"),
@@ -140,10 +142,10 @@ def marked(engine: Engine, marks: Marks) -> Iterator[None]:
             for owner, name in ((fused_step, "attend_rows"), (steps, "attend")):
                 undo.enter_context(_replaced(owner, name, _part(marks, lambda *_: _Kind.now)))
             for layer in layers:
-                undo.enter_context(_hooked(layer, marks, "mHC"))
+                undo.enter_context(_hooked(layer, marks, STREAMS))
                 for name, component in MODULES.items():
                     undo.enter_context(_hooked(layer.get_submodule(name), marks, component))
-            undo.enter_context(_hooked(backbone.model.model.hc_head, marks, "mHC"))
+            undo.enter_context(_hooked(backbone.model.model.hc_head, marks, STREAMS))
             undo.enter_context(_hooked(backbone.model.lm_head, marks, "lm head"))
         _forget_graphs(engine)
         yield
@@ -406,6 +408,7 @@ __all__ = [
     "FUNCTIONS",
     "MODULES",
     "OTHER",
+    "STREAMS",
     "Marks",
     "component_bytes",
     "marked",
