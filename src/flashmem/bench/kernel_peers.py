@@ -125,7 +125,9 @@ def _select(limits: list[torch.Tensor], q: torch.Tensor, w: torch.Tensor, keys: 
 
 
 def _of_layers(parts: Sequence[Callable[[], torch.Tensor]], end: Callable[[list[torch.Tensor]], object]) -> object:
-    return end([part() for part in parts])
+    logits_L = [part() for part in parts]
+    with peers.peer_errors():  # what follows its logits may have to be compiled
+        return end(logits_L)
 
 
 def _peer_select(logits_L: list[torch.Tensor], kept: int) -> torch.Tensor:

@@ -64,7 +64,7 @@ class DeepGemm:
     def batch(self, table_BP: torch.Tensor, num_chunks: int, rows: int) -> DeepGemmBatch:
         """Sessions of one length and their page tables, int32; its schedule is made once, as for a whole step."""
         lengths_BR = torch.full((len(table_BP), rows), num_chunks, dtype=torch.int32, device=table_BP.device)
-        with _peer_errors():
+        with peer_errors():
             schedule = self._module.get_paged_mqa_logits_metadata(lengths_BR, 64, self._module.get_num_sms())
         return DeepGemmBatch(self._module, table_BP, lengths_BR, schedule, num_chunks)
 
@@ -83,7 +83,7 @@ class DeepGemmBatch:
         """Float32 [B, R, N]; q is e4m3, w float32, `pages` uint8 [P, 64 * (I + 4)]: all values, then all scales."""
         channels = q_BRHI.shape[-1]
         keys = pages.view(len(pages), 64, 1, channels + 4)
-        with _peer_errors():
+        with peer_errors():
             out = self.module.fp8_paged_mqa_logits(
                 q_BRHI, keys, w_BRH.flatten(0, 1), context_lens=self.lengths_BR, block_table=self.table_BP,
                 schedule_meta=self.schedule, max_context_len=self.num_chunks,
@@ -92,7 +92,7 @@ class DeepGemmBatch:
 
 
 @contextmanager
-def _peer_errors() -> Iterator[None]:
+def peer_errors() -> Iterator[None]:
     """Name the errors of a peer's call, so that no other error is taken for one."""
     try:
         yield
@@ -100,4 +100,4 @@ def _peer_errors() -> Iterator[None]:
         raise PeerError(str(error)) from error
 
 
-__all__ = ["ABSENT", "MEASURED", "MODULES", "DeepGemm", "DeepGemmBatch", "PeerError", "check", "state"]
+__all__ = ["ABSENT", "MEASURED", "MODULES", "DeepGemm", "DeepGemmBatch", "PeerError", "check", "peer_errors", "state"]
