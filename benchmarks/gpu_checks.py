@@ -23,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
@@ -51,29 +52,55 @@ SANITIZER = ("compute-sanitizer", "/usr/local/cuda/bin/compute-sanitizer")
 
 def run_tests(args: Any) -> dict[str, Any]:
     """The tests that need a CUDA device; files without any are not even collected."""
-    return run_pytest("-m", "gpu", *_tests_with("mark.gpu"))
+    return run_pytest(_tests_with("mark.gpu", "."), "-m", "gpu")
 
 
 def run_kernel_tests(args: Any) -> dict[str, Any]:
     """The tests of Triton kernels, which CI runs in the interpreter, compiled; the fused decode step among them."""
-    return run_pytest("-m", "not gpu", *_tests_with("triton_device"))
+    return run_pytest(_tests_with("triton_device", "kernels", "e2e", "lookahead"), "-m", "not gpu")
 
 
-def _tests_with(word: str) -> list[str]:
-    files = sorted(path for path in (common.ROOT / "tests").rglob("test_*.py") if word in path.read_text())
-    return [str(path.relative_to(common.ROOT)) for path in files]
+def _tests_with(word: str, *directories: str) -> list[str]:
+    tests = common.ROOT / "tests"
+    files = sorted(path for name in directories for path in (tests / name).rglob("test_*.py"))
+    return [str(path.relative_to(common.ROOT)) for path in files if word in path.read_text()]
 
 
-def run_pytest(*words: str) -> dict[str, Any]:
-    """One run of pytest; it passes if something passed and nothing was skipped."""
-    command = [sys.executable, "-m", "pytest", "-v", "-rfEs", "-p", "no:cacheprovider", *words]
-    status, output = run_aloud(command)
+def run_pytest(files: list[str], *words: str) -> dict[str, Any]:
+    """A run of pytest for every file, some at a time: most of it is compilation, on one core each.
+
+    It passes if every run did: something passed in each, and nothing was skipped.
+    """
+    at_a_time = max(1, (os.cpu_count() or 1) // 2)
+    with ThreadPoolExecutor(max_workers=at_a_time) as threads:
+        results = list(threads.map(lambda file: _run_file(file, *words), files))
+    counts: Counter[str] = Counter()
+    for result in results:
+        counts.update(result["counts"])
+    return {
+        "command": " ".join(["python", *_PYTEST, *words, "FILE"]),
+        "processes": min(at_a_time, len(files)),
+        "counts": dict(counts),
+        "failures": [line for result in results for line in result["failures"]],
+        "files": {file: {k: result[k] for k in _OF_A_FILE} for file, result in zip(files, results, strict=True)},
+        "tail": {file: result["tail"] for file, result in zip(files, results, strict=True) if result["tail"]},
+        "passed": bool(results) and all(result["passed"] for result in results),
+    }
+
+
+_PYTEST = ("-m", "pytest", "-v", "-rfEs", "-p", "no:cacheprovider")
+_OF_A_FILE = ("counts", "exit_status", "seconds", "passed")
+
+
+def _run_file(file: str, *words: str) -> dict[str, Any]:
+    started = time.monotonic()
+    status, output = run_aloud([sys.executable, *_PYTEST, *words, file])
     lines = output.strip().splitlines() or [""]
     counts = {word: int(count) for count, word in re.findall(r"(\d+) (passed|failed|error|skipped)", lines[-1])}
     return {
-        "command": " ".join(["python", *command[1:]]),
         "counts": counts,
         "exit_status": status,
+        "seconds": round(time.monotonic() - started, 1),
         "failures": [common.without_paths(line) for line in lines if line.startswith(("FAILED", "ERROR", "SKIPPED"))],
         "tail": [] if status == 0 else tail(output),
         "passed": status == 0 and counts.get("passed", 0) > 0 and not counts.get("skipped"),

@@ -11,6 +11,7 @@ from flashmem.backbone import skeleton_model
 from flashmem.bench import decode, definitions, peers, report, swap, synthetic
 from flashmem.bench.skeleton import MODES, ChurnPolicy, Skeleton, plan
 from flashmem.config import ModelGeometry
+from flashmem.store import SessionPages
 from flashmem.types import PageView
 
 CPU = torch.device("cpu")
@@ -70,6 +71,34 @@ def test_the_plan_holds_what_a_session_takes(mode: str, lead: int) -> None:
     rows = session.pages.index_row_bytes - held["index_rows"]
     assert beside + rows <= memory.beside_bytes
     assert len(session.pages.resident) >= memory.selected_pages
+    engine.close()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_history_is_written_in_pieces_as_large_as_the_slots_allow(monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
+    """Fewer pieces than a prefill of the same tokens, in no more slots than were promised; homes hold every page."""
+    skeleton = small_skeleton(fill_tokens=64)
+    memory = skeleton.session_memory(mode, 2048, 12)  # type: ignore[arg-type]
+    engine = Engine(skeleton.model(), config=skeleton.config(mode, 2048, 2, memory))  # type: ignore[arg-type]
+    written: list[list[int]] = []
+    commit = SessionPages.commit
+
+    def noted(pages: SessionPages, count: int) -> None:
+        written[-1].append(count)
+        commit(pages, count)
+
+    for seed in (1, 2):
+        session = engine.session()
+        written.append([])
+        with monkeypatch.context() as patch:
+            patch.setattr(SessionPages, "commit", noted)
+            synthetic.fill(engine, session, 2048, seed=seed)
+        assert session.pages.num_chunks == sum(written[-1]) == 512
+        assert len(session.pages.resident) <= memory.selected_pages
+    assert len(written[0]) < 2048 // 64 / 2 and written[0] == written[1]
+    engine.check()
+    first, second = (dict(session.pages.export_pages()) for session in engine.sessions)
+    assert len(first) == 128 and not any(torch.equal(first[page], second[page]) for page in first)
     engine.close()
 
 

@@ -21,10 +21,15 @@ def stand_in() -> SimpleNamespace:
     """Paged logits by their definition: pages hold all values, then all float32 scales."""
 
     def logits(
-        q_BRHI: torch.Tensor, pages: torch.Tensor, w_NH: torch.Tensor, table_BP: torch.Tensor,
-        lengths_BR: torch.Tensor, schedule: object, longest: int,
+        q: torch.Tensor, kv_cache: torch.Tensor, weights: torch.Tensor, context_lens: torch.Tensor,
+        block_table: torch.Tensor, schedule_meta: object, max_context_len: int, clean_logits: bool = False,
     ) -> torch.Tensor:  # fmt: skip
+        q_BRHI, pages, w_NH, table_BP, lengths_BR = q, kv_cache, weights, block_table, context_lens
+        schedule, longest = schedule_meta, max_context_len
         channels, (batch, rows) = q_BRHI.shape[-1], q_BRHI.shape[:2]
+        assert q_BRHI.is_contiguous() and w_NH.shape == (batch * rows, q_BRHI.shape[2]) and w_NH.stride(1) == 1
+        assert lengths_BR.shape == (batch, rows) and lengths_BR.dtype is torch.int32 and lengths_BR.is_contiguous()
+        assert len(table_BP) == batch and table_BP.stride(1) == 1
         assert pages.shape[1:] == (64, 1, channels + 4) and schedule == "schedule" and table_BP.dtype is torch.int32
         flat = pages.flatten(1)
         values = flat[:, : 64 * channels].view(torch.float8_e4m3fn).float().view(-1, 64, channels)
@@ -93,6 +98,37 @@ def test_a_peer_that_is_absent_or_broken_is_a_row(
     kernel_peers.run_deep_gemm(run)
     assert len(run.rows) == 1 and run.rows[0]["peer"] == "deep-gemm" and state in run.rows[0]["state"]
     assert "/x/" not in run.rows[0]["state"]
+
+
+def test_a_call_that_fails_is_a_row_and_the_other_cases_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*inputs: object, **more: object) -> None:
+        raise RuntimeError("Assertion error (/x/y/attention.hpp:368): batch_size")
+
+    peer = peers.DeepGemm(SimpleNamespace(**vars(stand_in()) | {"fp8_paged_mqa_logits": refuse}))
+    monkeypatch.setattr(peers.DeepGemm, "load", lambda: peer)
+    monkeypatch.setattr(kernel_peers, "_beside_level_1", lambda run, peer, case: ask(peer))
+    monkeypatch.setattr(kernel_peers, "_beside_level_2", lambda run, peer, case: run.add("level 2"))
+
+    def ask(peer: peers.DeepGemm) -> None:
+        batch = peer.batch(torch.zeros(1, 1, dtype=torch.int32), 64, 1)
+        batch.logits(torch.zeros(1, 1, 64, 128), torch.zeros(1, 1, 64), torch.zeros(1, 64 * 132, dtype=torch.uint8))
+
+    run = Run(None, 10, CPU)
+    kernel_peers.run_deep_gemm(run)
+    failed = [row for row in run.rows if "failed" in row]
+    assert len(failed) == len(kernel_peers.SCORES) and "batch_size" in failed[0]["failed"]
+    assert "/x/" not in failed[0]["failed"] and failed[0]["case"] == "level 1 chunks=65536 batch=1"
+    assert len(run.rows) - len(failed) == len(kernel_peers.RESIDENT_CHUNKS) * len(kernel_peers.BATCHES)
+
+
+def test_an_error_that_is_not_the_peers_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*inputs: object) -> None:
+        raise RuntimeError("ours")
+
+    monkeypatch.setattr(peers.DeepGemm, "load", lambda: peers.DeepGemm(stand_in()))
+    monkeypatch.setattr(kernel_peers, "_beside_level_1", fail)
+    with pytest.raises(RuntimeError, match="ours"):
+        kernel_peers.run_deep_gemm(Run(None, 10, CPU))
 
 
 def test_peers_that_run_have_an_adapter() -> None:

@@ -88,6 +88,41 @@ def test_a_gpu_check_that_fails_or_hangs_is_a_result(tmp_path: Path, monkeypatch
     assert not hung["passed"] and "more than" in hung["why"]
 
 
+@pytest.mark.parametrize(
+    ("texts", "counts", "passed"),
+    [
+        (["def test_a(): pass", "def test_b(): pass\n\ndef test_c(): pass"], {"passed": 3}, [True, True]),
+        (["def test_a(): pass", "def test_b(): assert 1 == 2"], {"passed": 1, "failed": 1}, [True, False]),
+        (
+            ["import pytest\ndef test_a(): pytest.skip('no reason')\ndef test_b(): pass", "def test_c(): pass"],
+            {"passed": 2, "skipped": 1},
+            [False, True],
+        ),
+        (["import os\ndef test_a(): os._exit(3)", "nothing = 1"], {}, [False, False]),
+    ],
+)
+def test_files_of_tests_run_side_by_side_and_are_merged(
+    tmp_path: Path, texts: list[str], counts: dict[str, int], passed: list[bool]
+) -> None:
+    """A file that fails, skips, dies or holds no test spoils the whole, and says how it ended."""
+    files = [tmp_path / f"test_{i}.py" for i in range(len(texts))]
+    for file, text in zip(files, texts, strict=True):
+        file.write_text(text)
+    result = gpu_checks.run_pytest([str(file) for file in files])
+    assert result["counts"] == counts and result["passed"] == all(passed)
+    assert [row["passed"] for row in result["files"].values()] == passed
+    assert len(result["failures"]) == counts.get("failed", 0) + counts.get("skipped", 0)
+    failed = {file for file, row in result["files"].items() if row["exit_status"]}
+    assert result["tail"].keys() == failed and all(result["tail"].values())
+
+
+def test_only_tests_of_kernels_run_as_kernel_tests(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_checks, "run_pytest", lambda files, *words: {"files": files})
+    files = gpu_checks.run_kernel_tests(None)["files"]
+    assert {Path(file).parts[:2] for file in files} == {("tests", name) for name in ("kernels", "e2e", "lookahead")}
+    assert "tests/e2e/test_fused_cuda.py" in gpu_checks.run_tests(None)["files"]
+
+
 def test_races_of_a_top_k_are_seen() -> None:
     model = random_model("WCHC", seed=1)
     text, gap = gpu_checks.text_without_races(model, 120, seed=3)

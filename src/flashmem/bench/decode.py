@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import statistics
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -117,9 +118,7 @@ def _measured(
             row: dict[str, Any] = {"context": context, "mode": mode, "batch": batch}
             rows.append(row)
             try:
-                while len(engine.sessions) < batch:
-                    report.log(f"{mode}: filling session {len(engine.sessions) + 1} of {batch}, {context:,} tokens")
-                    synthetic.fill(engine, engine.session(), context, seed=len(engine.sessions))
+                fill_sessions(engine, mode, batch, context)
                 row |= measure(engine, engine.sessions, windows)
             except torch.OutOfMemoryError:
                 row["failed"] = "out of device memory in a step"
@@ -132,6 +131,14 @@ def _measured(
         if skeleton.device.type == "cuda":
             torch.cuda.empty_cache()
     return rows
+
+
+def fill_sessions(engine: Engine, mode: Mode, batch: int, context: int) -> None:
+    """Open sessions until there are `batch`, each with a history of its own."""
+    while (number := len(engine.sessions) + 1) <= batch:
+        fill = partial(synthetic.fill, engine, engine.session(), context, seed=number)
+        seconds = report.timed(fill, report.synchronizer(engine.backbone.input_device))
+        report.log(f"{mode}: session {number} of {batch}, {context:,} tokens, filled in {seconds:.1f} s")
 
 
 def measure(engine: Engine, sessions: Sequence[Session], windows: int) -> dict[str, Any]:
@@ -174,4 +181,4 @@ def measure(engine: Engine, sessions: Sequence[Session], windows: int) -> dict[s
 _TRAFFIC = ("bytes_to_device", "pages_to_device")
 
 
-__all__ = ["measure", "run_capacity", "run_decode"]
+__all__ = ["fill_sessions", "measure", "run_capacity", "run_decode"]

@@ -44,16 +44,22 @@ def run_deep_gemm(run: Run) -> None:
         run.add("peer", peer=NAME, state=f"peer present, cannot be loaded: {report.without_paths(str(error))[:300]}")
         return
     for case in SCORES:
-        if run.out_of_time():
-            return
-        _beside_level_1(run, peer, case)
-        torch.cuda.empty_cache()
+        _beside(run, partial(_beside_level_1, run, peer, case), f"level 1 chunks={case.chunks} batch={case.batch}")
     for chunks in RESIDENT_CHUNKS:
         for batch in BATCHES:
-            if run.out_of_time():
-                return
-            _beside_level_2(run, peer, PoolCase(chunks, batch))
-            torch.cuda.empty_cache()
+            case_2 = PoolCase(chunks, batch)
+            _beside(run, partial(_beside_level_2, run, peer, case_2), f"level 2 chunks={chunks} batch={batch}")
+
+
+def _beside(run: Run, measure: Callable[[], None], name: str) -> None:
+    """One case; where the peer's call fails, a row says so."""
+    if run.out_of_time():
+        return
+    try:
+        measure()
+    except peers.PeerError as error:
+        run.add("peer", peer=NAME, case=name, failed=report.without_paths(str(error))[:300])
+    torch.cuda.empty_cache()
 
 
 # ---- K1
@@ -119,7 +125,9 @@ def _select(limits: list[torch.Tensor], q: torch.Tensor, w: torch.Tensor, keys: 
 
 
 def _of_layers(parts: Sequence[Callable[[], torch.Tensor]], end: Callable[[list[torch.Tensor]], object]) -> object:
-    return end([part() for part in parts])
+    logits_L = [part() for part in parts]
+    with peers.peer_errors():  # what follows its logits may have to be compiled
+        return end(logits_L)
 
 
 def _peer_select(logits_L: list[torch.Tensor], kept: int) -> torch.Tensor:

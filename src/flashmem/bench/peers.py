@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
@@ -37,6 +39,10 @@ def check(name: str) -> None:
         raise ValueError(f"no peer {name!r}; peers are {', '.join(MODULES)}")
 
 
+class PeerError(RuntimeError):
+    """A call of a peer failed, for these inputs at least."""
+
+
 class DeepGemm:
     """Paged logits of DeepGEMM: sum over heads of w * relu(q . key) over fp8 pages of 64 chunks.
 
@@ -58,7 +64,8 @@ class DeepGemm:
     def batch(self, table_BP: torch.Tensor, num_chunks: int, rows: int) -> DeepGemmBatch:
         """Sessions of one length and their page tables, int32; its schedule is made once, as for a whole step."""
         lengths_BR = torch.full((len(table_BP), rows), num_chunks, dtype=torch.int32, device=table_BP.device)
-        schedule = self._module.get_paged_mqa_logits_metadata(lengths_BR, 64, self._module.get_num_sms())
+        with peer_errors():
+            schedule = self._module.get_paged_mqa_logits_metadata(lengths_BR, 64, self._module.get_num_sms())
         return DeepGemmBatch(self._module, table_BP, lengths_BR, schedule, num_chunks)
 
 
@@ -75,11 +82,22 @@ class DeepGemmBatch:
     def logits(self, q_BRHI: torch.Tensor, w_BRH: torch.Tensor, pages: torch.Tensor) -> torch.Tensor:
         """Float32 [B, R, N]; q is e4m3, w float32, `pages` uint8 [P, 64 * (I + 4)]: all values, then all scales."""
         channels = q_BRHI.shape[-1]
-        out = self.module.fp8_paged_mqa_logits(
-            q_BRHI, pages.view(len(pages), 64, 1, channels + 4), w_BRH.flatten(0, 1), self.table_BP, self.lengths_BR,
-            self.schedule, self.num_chunks,
-        )  # fmt: skip
+        keys = pages.view(len(pages), 64, 1, channels + 4)
+        with peer_errors():
+            out = self.module.fp8_paged_mqa_logits(
+                q_BRHI, keys, w_BRH.flatten(0, 1), context_lens=self.lengths_BR, block_table=self.table_BP,
+                schedule_meta=self.schedule, max_context_len=self.num_chunks,
+            )  # fmt: skip
         return out[:, : self.num_chunks].unflatten(0, self.lengths_BR.shape)
 
 
-__all__ = ["ABSENT", "MEASURED", "MODULES", "DeepGemm", "DeepGemmBatch", "check", "state"]
+@contextmanager
+def peer_errors() -> Iterator[None]:
+    """Name the errors of a peer's call, so that no other error is taken for one."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise PeerError(str(error)) from error
+
+
+__all__ = ["ABSENT", "MEASURED", "MODULES", "DeepGemm", "DeepGemmBatch", "PeerError", "check", "peer_errors", "state"]

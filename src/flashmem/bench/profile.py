@@ -32,8 +32,8 @@ from ..kernels.select_chunks import fused as select
 from ..lookahead import Cycle, level_1
 from ..store import SessionPages, resident
 from ..store.batch import DecodeBatch
-from . import report, synthetic
-from .decode import TOKEN
+from . import report
+from .decode import TOKEN, fill_sessions
 from .kernel_timing import copy_bytes_per_second
 from .skeleton import Mode, Skeleton
 
@@ -275,9 +275,7 @@ def run_profile(
         engine = Engine(model, config=skeleton.config(mode, context, wanted[-1], memory))
         try:
             for batch in wanted:
-                while len(engine.sessions) < batch:
-                    report.log(f"{mode}: filling session {len(engine.sessions) + 1} of {batch}, {context:,} tokens")
-                    synthetic.fill(engine, engine.session(), context, seed=len(engine.sessions))
+                fill_sessions(engine, mode, batch, context)
                 row = {"context": context, "mode": mode, "batch": batch, **profile(engine, engine.sessions, windows)}
                 report.log(f"{mode}: batch {batch}, {row['step_ms']:.2f} ms a step")
                 rows.append(row)

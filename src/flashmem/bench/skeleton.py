@@ -92,7 +92,8 @@ class Skeleton:
     kernels: Literal["reference", "fused"] = "reference"
     cuda_graphs: bool = False
     fill_tokens: int = 2048
-    """Tokens of synthetic history written at a time."""
+    """Tokens that a prefill may write at a time: sessions are promised slots for their pages. A synthetic history uses
+    more slots at a time where it can."""
 
     @property
     def longer(self) -> ModelGeometry:

@@ -10,6 +10,9 @@ import torch
 from ..engine import Engine, Session
 from ..kernels.kv_codec import encode_rows
 
+MOST_CHUNKS = 1 << 14
+"""Written at a time: many enough that launches take no time, few enough that their values take little memory."""
+
 
 @torch.no_grad()
 def fill(engine: Engine, session: Session, tokens: int, *, seed: int = 0) -> None:
@@ -26,7 +29,7 @@ def fill(engine: Engine, session: Session, tokens: int, *, seed: int = 0) -> Non
         draw = draws.setdefault(device, torch.Generator(device).manual_seed(seed))
         return torch.randn(*shape, generator=draw, device=device).to(engine.backbone.dtype)
 
-    total, at_a_time = tokens // g.csa_ratio, max(1, engine.config.prefill_chunk // g.csa_ratio)
+    total, at_a_time = tokens // g.csa_ratio, _chunks_at_a_time(engine)
     session.cycle.admit(total)
     while (count := min(at_a_time, total - session.pages.num_chunks)) > 0:
         session.cycle.before_prefill_chunk()
@@ -44,6 +47,19 @@ def fill(engine: Engine, session: Session, tokens: int, *, seed: int = 0) -> Non
     session.state.position = tokens
     session.ids = torch.randint(0, g.vocab_size, (tokens,), generator=torch.Generator().manual_seed(seed)).tolist()
     session.cycle.settle()
+
+
+def _chunks_at_a_time(engine: Engine) -> int:
+    """As many as a prefill writes, or more where a session's slots hold them: nothing is selected yet.
+
+    A pool without a budget grows with what is asked of it, and would stay larger than a prefill leaves it.
+    """
+    config, slots = engine.config, engine.share.slots
+    of_prefill = max(1, config.prefill_chunk // engine.geometry.csa_ratio)
+    if slots is None:
+        return of_prefill
+    kept = config.sink_pages + config.recency_pages + 1  # and the page being filled
+    return max(of_prefill, min(MOST_CHUNKS, (slots - kept) * config.page_chunks))
 
 
 __all__ = ["fill"]

@@ -60,6 +60,8 @@ class HostMirror(RecordStore):
         count = self._step(max(missing, min(FIRST_SLAB_RECORDS, self._room())), most)
         slab = self._map(count * self.record_bytes)
         if self.pinned:
+            if self._shared_dir is None:
+                slab.zero_()  # all threads find its memory; pinning alone would, page by page, on one
             _pin(slab)
             self._pinned_slabs.append(slab)
         self._append_slab(slab.view(count, self.record_bytes))
