@@ -128,6 +128,7 @@ def test_turns_alternate(rig: Rig) -> None:
 def test_detach_restores_the_stock_model(rig: Rig) -> None:
     names = set(rig.model.state_dict())
     rig.backbone.detach()
+    assert type(rig.model.model.layers[0]).__name__ == "DeepseekV4DecoderLayer"
     assert type(rig.model.model.layers[0].self_attn).__name__ == "DeepseekV4Attention"
     ids = tokens(40, 6)
     before = rig.stock(ids)

@@ -15,7 +15,8 @@ from transformers import DeepseekV4ForCausalLM
 
 import flashmem.engine
 from flashmem import Engine, LSAConfig, MemoryIndexer
-from flashmem.backbone import Backbone, load_model, random_model
+from flashmem.backbone import Backbone, adapter, fused, load_model, random_model
+from flashmem.kernels.hyper_connection import collapse
 
 IDS = list(range(5, 60))
 
@@ -167,6 +168,62 @@ def test_layers_that_accelerate_offloads_are_refused() -> None:
     with pytest.raises(ValueError, match="layer 1 is offloaded by accelerate hooks; keep cpu and disk out"):
         Backbone(model)
     assert type(model.model.layers[0].self_attn).__name__ == "DeepseekV4Attention"
+
+
+def test_layers_that_are_already_attached_are_refused() -> None:
+    model = random_model("WCHC")
+    backbone = Backbone(model)
+    with pytest.raises(ValueError, match="layer 0 is a LSADecoderLayer: already attached"):
+        Backbone(model)
+    backbone.detach()
+    model.model.layers[2].self_attn.__class__ = type("Other", (type(model.model.layers[2].self_attn),), {})
+    with pytest.raises(ValueError, match="layer 2 has Other: already attached"):
+        Backbone(model)
+    assert type(model.model.layers[0]).__name__ == "DeepseekV4DecoderLayer"
+
+
+@pytest.mark.usefixtures("triton_device")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter's device is the CPU")
+@pytest.mark.parametrize("hooked", [False, True])
+def test_fused_steps_alone_run_hyper_connections_on_kernels(hooked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where accelerate has put a hook on a layer, as it does when layers lie on several devices."""
+    seen: list[str | None] = []
+
+    def noted(*arguments: Any, impl: Any = None) -> Any:
+        seen.append(impl)
+        return collapse(*arguments, impl=impl)
+
+    monkeypatch.setattr(adapter, "collapse", noted)
+    model = random_model("WC")
+    if hooked:
+        add_hook_to_module(model.model.layers[1], AlignDevicesHook(execution_device="cpu"))
+    engine = Engine(model, config=LSAConfig(policy="all", page_chunks=4, kernels="fused"))
+    session = engine.session()
+    session.append(IDS)
+    assert seen == []
+    engine.decode([session], [7])
+    assert seen == ["fused"] * 4
+    engine.close()
+    model(torch.tensor([IDS]), use_cache=False)
+    assert len(seen) == 4
+    for layer in model.model.layers:
+        assert type(layer).__name__ == "DeepseekV4DecoderLayer"
+        bound = getattr(layer, "_old_forward", layer.forward)
+        assert bound.__func__ is type(layer).forward
+
+
+@pytest.mark.usefixtures("triton_device")
+def test_streams_beyond_the_kernels_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused, "MOST_HIDDEN", 48)
+    monkeypatch.setattr(fused, "MOST_STREAMS", 4)
+    for sizes, message in (
+        ({}, "at most 48 channels of a stream, the model has 64"),
+        ({"hc_mult": 5}, "at most 4 residual streams, the model has 5"),
+    ):
+        model = random_model("WC", **sizes)
+        model = model.cuda() if torch.cuda.is_available() else model
+        with pytest.raises(ValueError, match=message):
+            Engine(model, config=LSAConfig(kernels="fused"))
 
 
 @pytest.mark.parametrize(

@@ -238,7 +238,7 @@ def check_fused(geometry: ModelGeometry, pool: StatePool) -> None:
         ("index heads", g.index_heads, MOST_INDEX_HEADS),
         ("index_topk", g.index_topk, MOST_PICKS),
         ("residual streams", g.hc_mult, MOST_STREAMS),
-        ("channels", g.hidden_size, MOST_HIDDEN),
+        ("channels of a stream", g.hidden_size, MOST_HIDDEN),
     ):
         if value > most:
             raise ValueError(f"kernels='fused' takes at most {most} {name}, the model has {value}")

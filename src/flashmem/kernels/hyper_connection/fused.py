@@ -21,7 +21,7 @@ LEAST_CHANNELS = 128
 """Of one share: at V4-Flash's size there are then about as many shares as a Hopper device has multiprocessors."""
 SHARED_TOKENS = 8
 """Tokens that one program multiplies with the weights it holds."""
-SPREAD_CHANNELS = 256
+SPREAD_CHANNELS = 512
 
 
 def collapse_fused(streams_BNE: torch.Tensor, c: Connection) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -58,10 +58,9 @@ def spread_fused(
     batch, num_streams, hidden = streams_BNE.shape
     _check_sizes(num_streams, hidden)
     new_BNE = torch.empty_like(streams_BNE, memory_format=torch.contiguous_format)
-    _spread_kernel[(batch, triton.cdiv(hidden, SPREAD_CHANNELS))](
+    _spread_kernel[(batch, num_streams, triton.cdiv(hidden, SPREAD_CHANNELS))](
         out_BE.contiguous(), post_BN.contiguous(), comb_BNN.contiguous(), streams_BNE.contiguous(), new_BNE,
-        STREAMS=num_streams, HIDDEN=hidden, BLOCK_STREAMS=triton.next_power_of_2(num_streams),
-        BLOCK_CHANNELS=SPREAD_CHANNELS,
+        STREAMS=num_streams, HIDDEN=hidden, BLOCK_CHANNELS=SPREAD_CHANNELS,
     )  # fmt: skip
     return new_BNE
 
@@ -193,29 +192,29 @@ def _mixes(
     )  # fmt: skip
     base = tl.load(base_ptr + outputs, mask=inside, other=0.0).to(tl.float32)
     normaliser = tl.rsqrt(tl.sum(squares, axis=0) / (STREAMS * HIDDEN) + eps)
-    return tl.sum(sums, axis=1) * normaliser * scale.to(tl.float32) + base
+    mixes = tl.sum(sums, axis=1) * normaliser * scale.to(tl.float32) + base
+    # all of them to every warp: where the sums were made each warp has some, and whatever is made of them (Sinkhorn's
+    # sums, the streams that they weight) would be laid out likewise, with barriers all along
+    return tl.gather(mixes, tl.arange(0, mixes.shape[0]), axis=0)
 
 
 @triton.jit
 def _spread_kernel(
     out_ptr, post_ptr, comb_ptr, streams_ptr, new_ptr,
-    STREAMS: tl.constexpr, HIDDEN: tl.constexpr, BLOCK_STREAMS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
+    STREAMS: tl.constexpr, HIDDEN: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    b = tl.program_id(0).to(tl.int64)
+    """Some channels of one new stream: the old ones are read once for each new one, from the cache."""
+    b, stream = tl.program_id(0).to(tl.int64), tl.program_id(1)
     dtype: tl.constexpr = new_ptr.dtype.element_ty
-    streams = tl.arange(0, BLOCK_STREAMS)
-    channels = tl.program_id(1) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
+    channels = tl.program_id(2) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
     inside = channels < HIDDEN
     out = tl.load(out_ptr + b * HIDDEN + channels, mask=inside, other=0.0).to(tl.float32)
-    post = tl.load(post_ptr + b * STREAMS + streams, mask=streams < STREAMS, other=0.0)
-    new = post.to(dtype).to(tl.float32)[:, None] * out[None, :]
+    new = tl.load(post_ptr + b * STREAMS + stream).to(dtype).to(tl.float32) * out
     for old in tl.static_range(STREAMS):
-        weights = comb_ptr + (b * STREAMS + old) * STREAMS + streams
-        comb = tl.load(weights, mask=streams < STREAMS, other=0.0).to(dtype).to(tl.float32)
-        x = tl.load(streams_ptr + (b * STREAMS + old) * HIDDEN + channels, mask=inside, other=0.0).to(tl.float32)
-        new += comb[:, None] * x[None, :]
-    target = new_ptr + (b * STREAMS + streams)[:, None] * HIDDEN + channels[None, :]
-    tl.store(target, new.to(dtype), mask=(streams < STREAMS)[:, None] & inside[None, :])
+        weight = tl.load(comb_ptr + (b * STREAMS + old) * STREAMS + stream).to(dtype).to(tl.float32)
+        x = tl.load(streams_ptr + (b * STREAMS + old) * HIDDEN + channels, mask=inside, other=0.0)
+        new += weight * x.to(tl.float32)
+    tl.store(new_ptr + (b * STREAMS + stream) * HIDDEN + channels, new.to(dtype), mask=inside)
 
 
 __all__ = ["collapse_fused", "spread_fused"]
