@@ -97,12 +97,16 @@ def test_nothing_beyond_the_values_is_read(num_streams: int, hidden: int, triton
 
 @torch.no_grad()
 def test_a_token_does_not_depend_on_its_neighbours(triton_device: torch.device) -> None:
+    """But for the order of sums on a device, where other numbers of tokens are another kernel; no chance is in it."""
     connection, norm = modules(3, 70, triton_device)
     streams = draw(11, 3, 70, device=triton_device)
     together = collapse(streams, weights(connection, norm), impl="fused")
     for b in range(11):
         alone = collapse(streams[b : b + 1], weights(connection, norm), impl="fused")
-        assert all(torch.equal(one[0], many[b]) for one, many in zip(alone, together, strict=True))
+        for one, many in zip(alone, together, strict=True):
+            torch.testing.assert_close(one[0], many[b], rtol=1e-5, atol=2e-6)
+    again = collapse(streams, weights(connection, norm), impl="fused")
+    assert all(torch.equal(one, other) for one, other in zip(together, again, strict=True))
 
 
 @torch.no_grad()

@@ -14,6 +14,7 @@ from store_cases import CPU, CPU_TWO, C, Chunks, append, make_layout, make_store
 
 from flashmem.store import HostMirror, Run, copies
 from flashmem.store.copies import BatchedCopies, LoopedCopies, best_copies, pieces
+from flashmem.store.device import _SideStream
 
 
 class Error(IntEnum):
@@ -118,12 +119,14 @@ def test_records_of_several_parts_go_one_by_one() -> None:
 
 
 @pytest.mark.parametrize("devices", [(CPU,), (CPU, CPU_TWO)])
-@pytest.mark.parametrize("host_pinned", [True, False])
+@pytest.mark.parametrize(("host_pinned", "stream"), [(True, 7), (False, 7), (True, 0)])
 def test_batched_copies_give_the_same_bytes(
-    devices: tuple[torch.device, ...], host_pinned: bool, monkeypatch: pytest.MonkeyPatch
+    devices: tuple[torch.device, ...], host_pinned: bool, stream: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Random windows in several calls each: `check` compares every resident page with its home."""
+    """Random windows in several calls each: `check` compares every resident page with its home. Only pinned memory and
+    parts with a stream, as those on CUDA devices have, go in batches."""
     monkeypatch.setattr(copies, "BATCH_PIECES", 2)
+    monkeypatch.setattr(_SideStream, "handle", stream)
     layout, runtime, draw = make_layout(devices=devices), Runtime(), random.Random(4)
     store = make_store(layout, device_budget_bytes=30 * layout.record_bytes)
     store.host.pinned = host_pinned
@@ -154,7 +157,7 @@ def test_batched_copies_give_the_same_bytes(
         ids = batch.chunk_ids(layer)[0]
         picks = (ids >= 0).nonzero().T
         assert torch.equal(batch.kv(layer, picks)[0], chunks.kv[layer][ids[ids >= 0]])
-    assert bool(runtime.calls) == host_pinned
+    assert bool(runtime.calls) == (host_pinned and stream > 0)
     store.close()
 
 
@@ -162,7 +165,7 @@ def test_a_batch_that_cuda_refuses_is_an_error() -> None:
     layout, runtime = make_layout(), Runtime()
     pool, slab = (torch.zeros(4, layout.record_bytes, dtype=torch.uint8) for _ in range(2))
     batched = BatchedCopies(runtime)
-    batched.to_device(layout.parts[0], pool, [], 0)  # no attributes without a copy
+    batched.to_device(layout.parts[0], pool, [], 7)  # no attributes without a copy
     runtime.fails = True
     with pytest.raises(RuntimeError, match=r"cudaMemcpyBatchAsync of 1 pieces.*cudaErrorInvalidValue"):
         batched.to_host(layout.parts[0], pool, [Run(0, slab, 0, 2, True)], 7)

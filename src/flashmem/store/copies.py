@@ -74,20 +74,22 @@ class BatchedCopies:
         self._others = LoopedCopies()
 
     def to_device(self, part: RecordPart, pool: torch.Tensor, runs: Sequence[Run], stream: int) -> None:
-        for device, host, sizes in self._batches(part, pool, runs):
+        batched, others = _split(runs, stream)
+        for device, host, sizes in self._batches(part, pool, batched):
             self._enqueue(device, host, sizes, stream)
-        self._others.to_device(part, pool, [run for run in runs if not run.pinned], stream)
+        self._others.to_device(part, pool, others, stream)
 
     def to_host(self, part: RecordPart, pool: torch.Tensor, runs: Sequence[Run], stream: int) -> None:
-        for device, host, sizes in self._batches(part, pool, runs):
+        batched, others = _split(runs, stream)
+        for device, host, sizes in self._batches(part, pool, batched):
             self._enqueue(host, device, sizes, stream)
-        self._others.to_host(part, pool, [run for run in runs if not run.pinned], stream)
+        self._others.to_host(part, pool, others, stream)
 
     def _batches(
         self, part: RecordPart, pool: torch.Tensor, runs: Sequence[Run]
     ) -> Iterator[tuple[list[int], list[int], list[int]]]:
-        """Addresses in the pool and in host memory, and bytes, of pinned pieces, some at a time."""
-        found = list(pieces(part, [run for run in runs if run.pinned]))
+        """Addresses in the pool and in host memory, and bytes, some pieces at a time."""
+        found = list(pieces(part, runs))
         first, size = pool.data_ptr(), part.num_bytes
         for begin in range(0, len(found), BATCH_PIECES):
             some = found[begin : begin + BATCH_PIECES]
@@ -117,6 +119,12 @@ def pieces(part: RecordPart, runs: Sequence[Run]) -> Iterator[Run]:
         else:
             for i in range(run.length):
                 yield run._replace(slot=run.slot + i, row=run.row + i, length=1)
+
+
+def _split(runs: Sequence[Run], stream: int) -> tuple[list[Run], list[Run]]:
+    """Runs for batches, and the others: memory that is not pinned, or a part without a stream, on no CUDA device."""
+    batched = [run for run in runs if run.pinned and stream]
+    return batched, [run for run in runs if not (run.pinned and stream)]
 
 
 def _records(part: RecordPart, run: Run) -> torch.Tensor:
