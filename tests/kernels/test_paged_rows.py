@@ -3,7 +3,7 @@ import torch
 
 from flashmem.kernels.index_rows import encode_index_rows
 from flashmem.kernels.kv_codec import KVFormatSpec, PlanarForm, encode_rows
-from flashmem.kernels.paged import PagedRows, index_row_form
+from flashmem.kernels.paged import PagedRows, index_row_form, places
 from support.paged_cases import POISON, draw, interleaved_index_rows, pooled_entries
 
 CPU = torch.device("cpu")
@@ -60,3 +60,9 @@ def test_pages_of_different_strides_are_refused() -> None:
         PagedRows(index_row_form(12), [[wide, narrow]], [1, 1])
     with pytest.raises(ValueError, match="dense"):
         PagedRows(index_row_form(12), [[torch.zeros(4, 32, dtype=torch.uint8)[:, ::2]]], [1])
+
+
+def test_places_leave_room_to_grow() -> None:
+    assert [places(count, 4) for count in (0, 1, 4, 5, 63, 64)] == [4, 4, 4, 8, 64, 128]
+    assert [places(count, 64) for count in (1, 1009, 1010, 4096, 4097, 8064)] == [64, 1024, 2048, 8192, 8192, 8192]
+    assert all(places(count, 1) >= count for count in range(1, 3000))

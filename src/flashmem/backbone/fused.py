@@ -18,7 +18,7 @@ import torch
 from ..config import ModelGeometry
 from ..kernels.hyper_connection import MOST_HIDDEN, MOST_STREAMS
 from ..kernels.kv_codec import KVFormatSpec, PlanarForm, encode_rows
-from ..kernels.paged import PagedRows, interleaved_form, overwrite
+from ..kernels.paged import PagedRows, interleaved_form, overwrite, places
 from ..kernels.put_rows import put_rows
 from ..kernels.select_chunks import select_resident
 from ..kernels.sparse_attention import EntrySource, attend_rows
@@ -217,7 +217,7 @@ class FusedSteps:
         if self._rows != self.pool.rows or len(self._places) >= MOST_SIZES:
             self._places, self._rows = {}, self.pool.rows
         longest = max((state.position + 1) // self.pool.geometry.hca_ratio for state in states)
-        key = (size, max(64, 1 << (longest - 1).bit_length()))
+        key = (size, places(longest, 64))
         if key not in self._places:
             self._places[key] = StepPlaces(self.pool, *key)
         self._places[key].fill(states)

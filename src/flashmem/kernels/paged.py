@@ -157,4 +157,13 @@ def overwrite(target: torch.Tensor, values: torch.Tensor) -> None:
     target.copy_(values.pin_memory() if target.is_cuda else values, non_blocking=True)
 
 
-__all__ = ["PagedRows", "index_row_form", "interleaved_form", "overwrite", "to_device"]
+def places(count: int, least: int) -> int:
+    """Places for `count` things that grow while a session decodes: a power of two, at least `least`.
+
+    More places are a kernel to compile or a graph to capture, and many histories begin at a round length: so the next
+    power is taken when one in 64 more would need it, not with the first token after.
+    """
+    return max(least, 1 << max(0, count + count // 64 - 1).bit_length())
+
+
+__all__ = ["PagedRows", "index_row_form", "interleaved_form", "overwrite", "places", "to_device"]

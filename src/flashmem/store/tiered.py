@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 
 from flashmem.kernels.kv_codec import put_planar
-from flashmem.kernels.paged import to_device
+from flashmem.kernels.paged import places, to_device
 from flashmem.types import BudgetError, TierBytes, Traffic, check_sorted_unique
 
 from .batch import DecodeBatch
@@ -105,12 +105,13 @@ class PageStore:
     ) -> ResidentRows:
         """The resident pages of these sessions for kernels, filled for a step (see `ResidentRows.fill`).
 
-        There is one object for each `size`, and pages to powers of two: what it held for another batch is overwritten.
+        There is one object for each `size`, and pages to powers of two (`places`): what it held for another batch is
+        overwritten.
         """
         if (at := [part.data_ptr() for part in self.pool.parts]) != self._rows_at or len(self._rows) >= MOST_SIZES:
             self._rows, self._rows_at = {}, at
         longest = max(len(session.placed_pages()) for session in sessions)
-        key = (size or len(sessions), max(4, 1 << (longest - 1).bit_length()))
+        key = (size or len(sessions), places(longest, 4))
         if key not in self._rows:
             self._rows[key] = ResidentRows(self, *key)
         self._rows[key].fill(sessions, visible)

@@ -9,12 +9,11 @@ import torch
 import triton
 import triton.language as tl
 
+from ..paged import places
 from ..triton_parts import largest, rank_bits
 
 MOST_PAGES = 1 << 15
 """Pages that one program holds in registers."""
-GROWTH = 64
-"""The next larger kernel is taken when one page in so many more would need it."""
 
 
 def select_pages_fused(
@@ -32,8 +31,7 @@ def select_pages_fused(
     out = torch.empty(batch, pages, dtype=torch.int32, device=scores_BP.device)
     counts, above = (torch.zeros(batch, dtype=torch.int32, device=scores_BP.device) for _ in range(2))
     if out.numel():
-        # a size more is a kernel to compile: not just when a history of a round length begins to grow
-        block = min(MOST_PAGES, max(64, triton.next_power_of_2(pages + pages // GROWTH)))
+        block = min(MOST_PAGES, places(pages, 64))
         _select_kernel[(batch,)](
             scores_BP.contiguous(), out if above_BP is None else above_BP.contiguous(), num_pages_B, least_B, most_B,
             out, counts, above, pages, sink, recency,
