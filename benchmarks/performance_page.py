@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import ROOT, log
-from flashmem.bench import profile
+from flashmem.bench import profile, report
 
 PAGE = ROOT / "docs" / "performance.md"
 Row = Mapping[str, Any]
@@ -120,6 +120,39 @@ def _profile_rows(result: Row) -> list[Row]:
     return [{**row, **line} for row in result["rows"] for line in profile.parts(row)]
 
 
+def _of_gpu_kernels(result: Row) -> Iterator[str]:
+    """What the device can do, and our own kernels against it; beside that their peers."""
+    for row in result["rows"]:
+        if row["bench"] == "ceilings":
+            rates = ", ".join(f"{name.split('_')[0]} {row[name]:,.0f}" for name in row if name.endswith("_tflop_per_s"))
+            yield f"Measured in this run: a copy on the device at {row['copy_gb_per_s']:,.0f} GB/s; TFLOP/s: {rates}. "
+            yield "A floor is the longer of a case's bytes at the one and its operations at the other.\n"
+        if row["bench"] == "stopped":
+            yield f"The run ended within the part {row['part']!r}: {row['reason']}.\n"
+    own = [row for row in report.fastest(result["rows"]).values() if "peer" not in row]
+    yield _markdown(
+        {
+            "kernel": lambda row: row["bench"],
+            "chunks or pages": lambda row: _known("chunks" if "chunks" in row else "pages", ",")(row),
+            "batch": _known("batch", ","),
+            "layers": _known("layers", ","),
+            "precision": _precision,
+            "us": _known("warm_us", ",.1f"),
+            "floor, us": _known("floor_us", ",.1f"),
+            "GB/s": _known("gb_per_s", ",.0f"),
+            "of the copy": _known("share_of_copy_bandwidth", ".1%"),
+        },
+        own,
+    )  # fmt: skip
+    yield "Peers beside ours, in the same run; times are of replayed graphs where both have one, else as called.\n"
+
+
+def _precision(row: Row) -> str:
+    planar = {None: "", True: ", planar", False: ", interleaved"}[row.get("planar")]
+    ordered = {None: "", True: ", ordered", False: ", any order"}[row.get("ordered")]
+    return str(row.get("precision", row.get("kv_format", "-"))) + planar + ordered
+
+
 def _gpu_kernels_rows(result: Row) -> list[Row]:
     """Peers beside ours, those that are not there too; all rows are in the file."""
     return [row for row in result["rows"] if "peer" in row]
@@ -174,6 +207,9 @@ TABLES: Mapping[str, Tables] = {
             "sessions that fit": _known("sessions_fit", ","),
             "opened": _known("batch", ","),
             "tokens/s": _known("tokens_per_second", ".1f"),
+            "step, ms": _of("step_ms", "median", ".2f"),
+            "slowest": _of("step_ms", "max", ".2f"),
+            "first of a window": _of("first_step_of_window_ms", "median", ".2f"),
             "sessions, LSA / full": _known("sessions_ratio", ".2f"),
             "throughput, LSA / full": _known("throughput_ratio", ".2f"),
             "": lambda row: row.get("failed", ""),
@@ -204,7 +240,7 @@ TABLES: Mapping[str, Tables] = {
         },
     ),
     "gpu_kernels": Tables(
-        "Kernels beside their peers", lambda result: iter(()),
+        "Kernels and their peers", _of_gpu_kernels,
         {
             "what": lambda row: row["bench"],
             "peer": lambda row: row["peer"],

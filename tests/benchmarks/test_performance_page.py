@@ -32,7 +32,9 @@ def test_results_become_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         {"bench": "level 1 peer", "peer": "DeepGEMM and torch", "chunks": 65_536, "warm_us": 20.0, "ours_warm_us": 10.0,
          "ratio": 2.0},
         {"bench": "peer", "peer": "vllm", "state": "peer absent"},
-        {"bench": "level 1", "warm_us": 10.0},
+        {"bench": "ceilings", "copy_gb_per_s": 3000.0, "bf16_tflop_per_s": 800.0},
+        {"bench": "level 1", "chunks": 65_536, "batch": 8, "precision": "fp8", "warm_us": 11.0, "floor_us": 9.0},
+        {"bench": "level 1", "chunks": 65_536, "batch": 8, "precision": "fp8", "warm_us": 10.0, "floor_us": 9.0},
     ]  # fmt: skip
     results = {
         "swap": swaps, "capacity": {**about, "rows": rows}, "profile": {**about, "rows": parts},
@@ -46,7 +48,8 @@ def test_results_become_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert "## Page swaps (swap.json)" in text and "`flashmem bench swap`" in text
     assert "| level 2: scores | 256 | lsa | 1 |" in text
     assert "| level 1 peer | DeepGEMM and torch | 65,536 | - | - | 20.0 | 10.0 | 2.00 |  |" in text
-    assert "| peer absent |" in text
+    assert "| peer absent |" in text and "a copy on the device at 3,000 GB/s; TFLOP/s: bf16 800" in text
+    assert "| level 1 | 65,536 | 8 | - | fp8 | 10.0 | 9.0 | - | - |" in text and "| 11.0 |" not in text
     assert f"{swaps['rows'][0]['peak_ratio']:.1%}" in text and performance_page.NOTHING not in text
 
 

@@ -526,14 +526,7 @@ def compile_ahead(jobs: int) -> None:
 
 def summary(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
     """The fastest variant of every timed case."""
-    shape = ("bench", "peer", "chunks", "pages", "batch", "layers", "planar", "precision", "ordered", "kv_format")
-    best: dict[tuple[Any, ...], dict[str, Any]] = {}
-    for row in rows:
-        if (us := row.get("warm_us", row.get("us"))) is not None:
-            key = tuple(row.get(name) for name in shape)
-            if key not in best or us < best[key].get("warm_us", best[key].get("us")):
-                best[key] = row
-    for key, row in best.items():
+    for key, row in report.fastest(rows).items():
         case = " ".join(str(value) for value in key if value is not None)
         us = row.get("warm_us", row.get("us"))
         share = row.get("share_of_copy_bandwidth", "-")

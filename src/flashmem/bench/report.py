@@ -44,6 +44,21 @@ def machine() -> dict[str, Any]:
     }
 
 
+CASE = ("bench", "peer", "chunks", "pages", "batch", "layers", "planar", "precision", "ordered", "kv_format")
+"""What tells one timed case of a kernel from another; its variants differ in their tiles."""
+
+
+def fastest(rows: Sequence[dict[str, Any]]) -> dict[tuple[Any, ...], dict[str, Any]]:
+    """The fastest variant of every timed case of `flashmem bench kernels`, by `CASE`."""
+    best: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for row in rows:
+        if (us := row.get("warm_us", row.get("us"))) is not None:
+            key = tuple(row.get(name) for name in CASE)
+            if key not in best or us < best[key].get("warm_us", best[key].get("us")):
+                best[key] = row
+    return best
+
+
 def commit() -> str:
     """The checked-out commit, marked where the sources differ from it; "unknown" outside a checkout."""
     if ROOT / "src" / "flashmem" != PACKAGE:
