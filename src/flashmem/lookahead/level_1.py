@@ -16,15 +16,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..kernels.paged import to_device
-from ..kernels.select_pages import select_pages
+from ..kernels.select_pages import MOST_PAGES, select_pages
 from ..policy import TEMPERATURE
 from ..types import ByPageScores, PageLimits, PageView, Selection
 
 if TYPE_CHECKING:
     from .cycle import Cycle
-
-MOST_PAGES = 1 << 15
-"""Pages of a session that the selection kernel holds."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)

@@ -13,6 +13,8 @@ import torch
 from .reference import select_pages_reference
 
 Impl = Literal["reference", "fused"]
+MOST_PAGES = 1 << 15
+"""Pages that one program of the fused version holds in registers."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -64,4 +66,4 @@ def select_pages(
     raise ValueError(f"unknown impl {impl!r}; choose 'reference' or 'fused'")
 
 
-__all__ = ["PagePicks", "select_pages"]
+__all__ = ["MOST_PAGES", "PagePicks", "select_pages"]

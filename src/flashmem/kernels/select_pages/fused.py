@@ -11,9 +11,7 @@ import triton.language as tl
 
 from ..paged import places
 from ..triton_parts import largest, rank_bits
-
-MOST_PAGES = 1 << 15
-"""Pages that one program holds in registers."""
+from . import MOST_PAGES
 
 
 def select_pages_fused(
