@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # Two worker processes with one thread each: two cores, no oversubscription.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m "not gpu and not weights"
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not gpu and not weights"
 # make test TRIAL_MODEL=DIR also runs the tests that read a model directory.
 TRIAL_MODEL ?=
 # make test TESTS=tests/store runs one part.
