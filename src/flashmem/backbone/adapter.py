@@ -87,6 +87,11 @@ def _connection(module: Any, norm: Any) -> Connection:
     )  # fmt: skip
 
 
+def cache_argument(model: Any) -> str:
+    """What this version of transformers calls the cache that a forward is given, and gives back."""
+    return "cache" if "cache" in inspect.signature(model.model.forward).parameters else "past_key_values"
+
+
 class Backbone:
     """A loaded model whose attention reads pages."""
 
@@ -109,9 +114,7 @@ class Backbone:
         self.dtype: torch.dtype = model.model.embed_tokens.weight.dtype
         self.device_of_layer = {a.layer_idx: a.sinks.device for a in attentions}
         self.input_device: torch.device = model.model.embed_tokens.weight.device
-        self.cache_argument = (
-            "cache" if "cache" in inspect.signature(model.model.forward).parameters else "past_key_values"
-        )
+        self.cache_argument = cache_argument(model)
         self._keep_norms_in_dtype()
         self._become(LSADecoderLayer, LSAAttention)
         self.attached = True

@@ -36,7 +36,7 @@ class DecodeGraphs:
             raise ValueError(f"cuda_graphs needs all layers on one CUDA device, got {sorted(map(str, devices))}")
         self.backbone, self.device = backbone, backbone.input_device
         self._graphs: WeakKeyDictionary[Any, WeakKeyDictionary[Any, _Captured]] = WeakKeyDictionary()
-        self._memory = torch.cuda.graph_pool_handle()
+        self._memory: Any = None
 
     @staticmethod
     def size(sessions: int) -> int:

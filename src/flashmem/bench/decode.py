@@ -6,9 +6,8 @@ and swaps. What a user gets is the mean over whole windows: `tokens_per_second` 
 
 from __future__ import annotations
 
-import gc
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -37,15 +36,37 @@ def run_decode(
             steps = len(batches) * _steps(skeleton, windows)
             memory = skeleton.session_memory(mode, context, steps)
             fit = memory.sessions(device_budget_bytes, host_budget_bytes)
-            wanted = [batch for batch in sorted(batches) if batch <= fit]
-            rows += _measured(skeleton, model, mode, context, memory, wanted, windows)
-            rows += [
-                {"context": context, "mode": mode, "batch": batch, "failed": f"{fit} sessions fit"}
-                for batch in sorted(batches)
-                if batch > fit
-            ]
+            wanted, too_many = split_batches(mode, context, batches, fit)
+            rows += [*_measured(skeleton, model, mode, context, memory, wanted, windows), *too_many]
     _compare(rows)
     return rows
+
+
+def split_batches(mode: Mode, context: int, batches: Sequence[int], fit: int) -> tuple[list[int], list[dict[str, Any]]]:
+    """Batches that fit, smallest first, and rows that say so of the others."""
+    ordered = sorted(batches)
+    failed = f"{fit} sessions fit"
+    too_many = [{"context": context, "mode": mode, "batch": n, "failed": failed} for n in ordered if n > fit]
+    return [n for n in ordered if n <= fit], too_many
+
+
+def run_on_engine(
+    skeleton: Skeleton,
+    model: Any,
+    mode: Mode,
+    context: int,
+    sessions: int,
+    memory: SessionMemory,
+    run: Callable[[Engine], None],
+) -> None:
+    """Run on an engine that holds so many sessions; when nobody refers to it any more, what it took is given back."""
+    engine = Engine(model, config=skeleton.config(mode, context, sessions, memory))
+    try:
+        run(engine)
+    finally:
+        engine.close()
+        del engine
+        report.release(skeleton.device)
 
 
 def _compare(rows: Sequence[dict[str, Any]]) -> None:
@@ -112,8 +133,8 @@ def _measured(
     if not batches:
         return []
     rows: list[dict[str, Any]] = []
-    engine = Engine(model, config=skeleton.config(mode, context, batches[-1], memory))
-    try:
+
+    def run(engine: Engine) -> None:
         for batch in batches:
             row: dict[str, Any] = {"context": context, "mode": mode, "batch": batch}
             rows.append(row)
@@ -124,12 +145,8 @@ def _measured(
                 row["failed"] = "out of device memory in a step"
                 break
             report.log(f"{mode}: batch {batch}, {row['tokens_per_second']:.1f} tokens/s")
-    finally:
-        engine.close()
-        del engine
-        gc.collect()
-        if skeleton.device.type == "cuda":
-            torch.cuda.empty_cache()
+
+    run_on_engine(skeleton, model, mode, context, batches[-1], memory, run)
     return rows
 
 
@@ -181,4 +198,4 @@ def measure(engine: Engine, sessions: Sequence[Session], windows: int) -> dict[s
 _TRAFFIC = ("bytes_to_device", "pages_to_device")
 
 
-__all__ = ["fill_sessions", "measure", "run_capacity", "run_decode"]
+__all__ = ["fill_sessions", "measure", "run_capacity", "run_decode", "run_on_engine", "split_batches"]

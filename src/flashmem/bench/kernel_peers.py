@@ -19,7 +19,7 @@ from ..kernels.score_chunks import fused as score
 from ..kernels.select_chunks import fused as select
 from ..kernels.select_pages import select_pages
 from . import kernel_cases, peers, report
-from .kernel_cases import PAGE_CHUNKS, TEMPERATURE, PoolCase, ScoreCase, page_scores_fused
+from .kernel_cases import BATCHES, PAGE_CHUNKS, RESIDENT_CHUNKS, TEMPERATURE, PoolCase, ScoreCase, page_scores_fused
 from .kernel_timing import Run, graph_of, relative_error, time_peer
 
 NAME = "deep-gemm"
@@ -28,8 +28,6 @@ TOLERANCE = 2e-3
 SCORES = tuple(ScoreCase(chunks, batch) for chunks in (65_536, 262_144) for batch in (1, 8, 32))
 COMPILED = ScoreCase(262_144, 8)
 """Where what follows the peer's logits is also compiled."""
-RESIDENT_CHUNKS = (6144, 12_288, 24_576)
-BATCHES = (1, 8, 32, 64)
 KEPT = 0.1
 """Share of pages that level 1 selects here."""
 

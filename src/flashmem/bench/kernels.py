@@ -32,7 +32,16 @@ from ..kernels.select_pages import select_pages
 from ..kernels.sparse_attention import EntrySource, attend
 from ..kernels.sparse_attention import fused as attention
 from . import kernel_cases, kernel_resources, report
-from .kernel_cases import PAGE_CHUNKS, TEMPERATURE, THRESHOLD, PoolCase, ScoreCase, page_scores_fused
+from .kernel_cases import (
+    BATCHES,
+    PAGE_CHUNKS,
+    RESIDENT_CHUNKS,
+    TEMPERATURE,
+    THRESHOLD,
+    PoolCase,
+    ScoreCase,
+    page_scores_fused,
+)
 from .kernel_peers import run_deep_gemm
 from .kernel_timing import Run, copy_bytes_per_second, elapsed, relative_error, tiles_name, time_peer
 from .peers import state as peer_state
@@ -48,8 +57,6 @@ OTHER_SCORES = (
 )  # fmt: skip
 PRODUCT_SIZE = 8192
 PEER_CHUNKS = (65_536, 262_144)
-RESIDENT_CHUNKS = (6144, 12_288, 24_576)
-BATCHES = (1, 8, 32, 64)
 POOL_CHUNKS = 8192
 RAGGED = (1, 0, 63, 1000, 4097)
 TOPK_COUNTS = (1, 63, 512, 4096, 4097, 24_576, 262_144)

@@ -8,7 +8,6 @@ Peak bytes are those above what the loaded model takes.
 
 from __future__ import annotations
 
-import gc
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -18,6 +17,7 @@ from typing import Any
 
 import torch
 
+from ..backbone.adapter import cache_argument
 from ..config import LSAConfig
 from ..engine import Engine
 from . import report
@@ -114,9 +114,7 @@ def _measure(path: _Prefill, ids: list[int], tokens: int, device: torch.device) 
     else:
         row |= {"seconds": round(seconds, 4), "tokens_per_second": round(tokens / seconds, 1)}
         row["peak_bytes"] = peak.above()
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+    report.release(device)
     report.log(" ".join(f"{name}={value}" for name, value in row.items()))
     return row
 
@@ -150,20 +148,13 @@ def _whole(model: Any, ids: list[int]) -> torch.Tensor:
 
 @torch.no_grad()
 def _in_pieces(model: Any, ids: list[int], piece: int) -> torch.Tensor:
-    at, cache = model.model.embed_tokens.weight.device, None
+    at, cache, name = model.model.embed_tokens.weight.device, None, cache_argument(model)
     for start in range(0, len(ids), piece):
         now = torch.tensor([ids[start : start + piece]], device=at)
-        more: dict[str, Any] = {} if cache is None else {_cache_name(model): cache}
+        more: dict[str, Any] = {} if cache is None else {name: cache}
         output = model(now, use_cache=True, logits_to_keep=1, **more)
-        cache = getattr(output, _cache_name(model))
+        cache = getattr(output, name)
     return output.logits[0, -1].float()
-
-
-def _cache_name(model: Any) -> str:
-    """As transformers calls it, by its version."""
-    from inspect import signature
-
-    return "cache" if "cache" in signature(model.model.forward).parameters else "past_key_values"
 
 
 class _OutOfTime(Exception):

@@ -12,11 +12,11 @@ same run: weights once, index keys of resident chunks, windows and the entries t
 
 from __future__ import annotations
 
-import gc
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from statistics import mean
 from typing import Any
 
@@ -33,7 +33,7 @@ from ..lookahead import Cycle, level_1
 from ..store import SessionPages, resident
 from ..store.batch import DecodeBatch
 from . import report
-from .decode import TOKEN, fill_sessions
+from .decode import TOKEN, fill_sessions, run_on_engine, split_batches
 from .kernel_timing import copy_bytes_per_second
 from .skeleton import Mode, Skeleton
 
@@ -260,32 +260,26 @@ def run_profile(
     host_budget_bytes: int,
 ) -> list[dict[str, Any]]:
     """One row per mode and batch; a batch that the budgets do not hold is a row that says so."""
-    model, rows = skeleton.model(), []
+    model, rows = skeleton.model(), list[dict[str, Any]]()
     for mode in modes:
         memory = skeleton.session_memory(mode, context, steps_of_all(skeleton, batches, windows))
         fit = memory.sessions(device_budget_bytes, host_budget_bytes)
-        wanted = [batch for batch in sorted(batches) if batch <= fit]
-        rows += [
-            {"context": context, "mode": mode, "batch": batch, "failed": f"{fit} sessions fit"}
-            for batch in sorted(batches)
-            if batch > fit
-        ]
-        if not wanted:
-            continue
-        engine = Engine(model, config=skeleton.config(mode, context, wanted[-1], memory))
-        try:
-            for batch in wanted:
-                fill_sessions(engine, mode, batch, context)
-                row = {"context": context, "mode": mode, "batch": batch, **profile(engine, engine.sessions, windows)}
-                report.log(f"{mode}: batch {batch}, {row['step_ms']:.2f} ms a step")
-                rows.append(row)
-        finally:
-            engine.close()
-            del engine
-            gc.collect()
-            if skeleton.device.type == "cuda":
-                torch.cuda.empty_cache()
+        wanted, too_many = split_batches(mode, context, batches, fit)
+        rows += too_many
+        if wanted:
+            run = partial(_profile_batches, rows, mode, wanted, context, windows)
+            run_on_engine(skeleton, model, mode, context, wanted[-1], memory, run)
     return rows
+
+
+def _profile_batches(
+    rows: list[dict[str, Any]], mode: Mode, batches: Sequence[int], context: int, windows: int, engine: Engine
+) -> None:
+    for batch in batches:
+        fill_sessions(engine, mode, batch, context)
+        row = {"context": context, "mode": mode, "batch": batch, **profile(engine, engine.sessions, windows)}
+        report.log(f"{mode}: batch {batch}, {row['step_ms']:.2f} ms a step")
+        rows.append(row)
 
 
 def steps_of_all(skeleton: Skeleton, batches: Sequence[int], windows: int) -> int:

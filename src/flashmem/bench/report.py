@@ -6,6 +6,7 @@ part.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import platform
@@ -42,6 +43,13 @@ def machine() -> dict[str, Any]:
         "transformers": transformers.__version__,
         "commit": commit(),
     }
+
+
+def release(device: torch.device) -> None:
+    """Give back what nobody refers to any more, of the device too."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 CASE = ("bench", "peer", "chunks", "pages", "batch", "layers", "planar", "precision", "ordered", "kv_format")
@@ -127,8 +135,10 @@ __all__ = [
     "ROOT",
     "command_line",
     "commit",
+    "fastest",
     "log",
     "machine",
+    "release",
     "spread",
     "synchronizer",
     "timed",
