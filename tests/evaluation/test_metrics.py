@@ -165,12 +165,26 @@ def test_ablations_are_compared_with_the_first_run(rows: list[dict[str, Any]], t
     first, second = write_run(tmp_path / "tau64", rows), write_run(tmp_path / "tau16", worse, tau=16)
     compared = compare([first, second])
     base, other = compared["runs"]
+    assert len(compared["environments"]) == 1 and compared["items_sha256"]
     assert base["settings"] == {} and other["settings"] == {"tau": 16}
     assert base["items"] == other["items"] == 36
     assert (other["paired"].gained, other["paired"].lost) == (0, 6)
     assert other["holm_p"] == other["paired"].mcnemar_p == 2 / 64
     table = compare_table(compared)
     assert "| tau16 | tau 16 | 36 |" in table and "0 / 6" in table
+
+
+def test_rows_are_about_what_every_run_answered(rows: list[dict[str, Any]], tmp_path: Path) -> None:
+    """A run that was interrupted makes all rows shorter: none is an average over items that others lack."""
+    begun = [row for row in rows if not row["id"].endswith("-0")]
+    runs = [write_run(tmp_path / "whole", rows), write_run(tmp_path / "begun", begun)]
+    compared = compare(runs)
+    (items,), (lost, none) = {run["items"] for run in compared["runs"]}, (run["left_out"] for run in compared["runs"])
+    assert 0 < items < items + lost == 36 and none == 0  # 36 as above, without the tasks that full attention fails
+    assert f"(others left out: {lost} of whole)" in compare_table(compared)
+    other = write_run(tmp_path / "other", [row for row in rows if row["id"].endswith("-0")])
+    with pytest.raises(ValueError, match="no item was answered in all of whole, begun, other"):
+        compare([*runs, other])
 
 
 def test_other_policies_of_the_first_run_are_compared_with_it(rows: list[dict[str, Any]], tmp_path: Path) -> None:

@@ -20,10 +20,11 @@ _IGNORED = ("max_sessions", "prefill_chunk", "device_budget_bytes")
 def compare(
     directories: Sequence[str | Path], *, policy: str = "lsa", also: Sequence[str] = (), margin: float = stats.MARGIN
 ) -> dict[str, Any]:
-    """Every run's `policy` against the first run's, on items that both answered and full attention did not fail.
+    """Every run's `policy` against the first run's, on items that all of them answered and full attention did not fail.
 
-    `also` names other policies of the first run, which are compared with it too. Raises ValueError for runs on other
-    items, and for runs without the policy.
+    `also` names other policies of the first run, which are compared with it too. Each row says how many answers of its
+    run were left out since another run lacks them. Raises ValueError for runs on other items, for runs without the
+    policy, and where no item is common to all.
     """
     if len(directories) + len(also) < 2:
         raise ValueError("at least two runs are needed to compare, or a run and another of its policies")
@@ -38,15 +39,21 @@ def compare(
     greyed = {(row["task"], row["length"]) for values in metrics for row in values["rows"] if row["greyed"]}
     compared = [(name, index, policy) for index, name in enumerate(names)]
     compared[1:1] = [(other, 0, other) for other in also]
-    first = _of(directories[0], policy, greyed)
+    answered = [_of(directories[index], label, greyed) for _, index, label in compared]
+    common = set.intersection(*({sample["id"] for sample in samples} for samples in answered))
+    if not common:
+        raise ValueError(f"no item was answered in all of {', '.join(name for name, *_ in compared)}")
+    first: list[Sample] = []
     rows: list[dict[str, Any]] = []
-    for name, index, label in compared:
-        samples = _of(directories[index], label, greyed)
+    for (name, index, label), all_samples in zip(compared, answered, strict=True):
+        samples = [sample for sample in all_samples if sample["id"] in common]
+        first = first or samples
         row: dict[str, Any] = {
             "name": name,
             "policy": label,
             "settings": _settings(metrics[index]["run"], metrics[0]["run"]),
-            "items": len({sample["id"] for sample in samples}),
+            "items": len(common),
+            "left_out": len({sample["id"] for sample in all_samples}) - len(common),
             "score": fmean(sample["score"] for sample in samples),
             **bytes_of(samples),
         }
@@ -56,7 +63,14 @@ def compare(
     adjusted = stats.holm([row["paired"].mcnemar_p for row in rows[1:]])
     for row, p in zip(rows[1:], adjusted, strict=True):
         row["holm_p"] = p
-    return {"policy": policy, "margin": margin, "runs": rows}
+    environments = [environment for values in metrics for environment in values["environments"]]
+    return {
+        "policy": policy,
+        "margin": margin,
+        "items_sha256": metrics[0]["run"]["items_sha256"],
+        "environments": [one for at, one in enumerate(environments) if one not in environments[:at]],
+        "runs": rows,
+    }
 
 
 def plain(compared: Mapping[str, Any]) -> dict[str, Any]:
@@ -93,13 +107,20 @@ def table_of(compared: Mapping[str, Any]) -> Table:
     first = compared["runs"][0]["name"]
     text = (
         f"Policy {compared['policy']}, but where a row is named after another policy of {first}; settings are those "
-        f"that differ from {first}'s. Accuracy, and percent of a full cache in both accountings. Points: against "
-        f"{first}, on the same items; interval: paired bootstrap over documents, 95 %; McNemar: exact, Holm's over the "
+        f"that differ from {first}'s. All rows are about the items that every run answered"
+        f"{_left_out(compared['runs'])}. Accuracy, and percent of a full cache in both accountings. Points: against "
+        f"{first}; interval: paired bootstrap over documents, 95 %; McNemar: exact, Holm's over the "
         f"runs in brackets; non-inferior: not {100 * compared['margin']:g} points or more below."
     )
     head = ["run", "settings", "items", "accuracy", "KV paper", "KV all-in", "points", "interval", "gained / lost",
             "McNemar p (Holm)", "non-inferior"]  # fmt: skip
     return Table("Runs compared", text, head, rows)
+
+
+def _left_out(runs: Sequence[Mapping[str, Any]]) -> str:
+    """What was answered and is not compared, in words."""
+    lost = [f"{run['left_out']} of {run['name']}" for run in runs if run["left_out"]]
+    return f" (others left out: {', '.join(lost)})" if lost else ""
 
 
 def _of(directory: str | Path, policy: str, greyed: set[tuple[str, int]]) -> list[Sample]:
