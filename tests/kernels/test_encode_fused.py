@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from flashmem.kernels.compress import compress
 from flashmem.kernels.index_rows import decode_index_rows, encode_index_rows
 from flashmem.kernels.kv_codec import KVFormatSpec, decode_rows, encode_rows
 from support.paged_cases import draw
@@ -62,23 +61,12 @@ def test_infinity_and_nan_stay_in_place(triton_device: torch.device) -> None:
     assert found[0].isfinite().all() and found[1].isnan().all()
 
 
-@pytest.mark.parametrize(("windows", "slots", "channels"), [(1, 8, 512), (5, 3, 70), (2, 128, 64), (0, 8, 64)])
-def test_windows_pool_as_defined(windows: int, slots: int, channels: int, triton_device: torch.device) -> None:
-    kv, gate = draw(windows, slots, channels, seed=1), draw(windows, slots, channels, seed=2) * 5
-    gate[:, : slots // 2] = float("-inf")
-    kv, gate = kv.to(triton_device), gate.to(triton_device)
-    torch.testing.assert_close(compress(kv, gate, impl="fused"), compress(kv, gate), rtol=1e-5, atol=1e-6)
-
-
 def test_what_the_fused_versions_cannot_do_is_refused(triton_device: torch.device) -> None:
     with pytest.raises(ValueError, match="power of two of channels, at least 4, got 12"):
         encode_index_rows(torch.zeros(1, 12), impl="fused")
     with pytest.raises(ValueError, match="even bytes, got 9 plain channels"):
         encode_rows(KVFormatSpec("fp8", 17, 8), torch.zeros(1, 17), impl="fused")
-    with pytest.raises(ValueError, match="300 slots"):
-        compress(torch.zeros(1, 300, 2), torch.zeros(1, 300, 2), impl="fused")
     for call in (
-        lambda: compress(torch.zeros(1, 3, 2), torch.zeros(1, 3, 2), impl="fast"),  # type: ignore[arg-type]
         lambda: encode_index_rows(torch.zeros(1, 8), impl="fast"),  # type: ignore[arg-type]
         lambda: encode_rows(KVFormatSpec("fp8", 64, 0), torch.zeros(1, 64), impl="fast"),  # type: ignore[arg-type]
     ):

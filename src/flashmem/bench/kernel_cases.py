@@ -178,6 +178,10 @@ def index_form(planar: bool, dim: int = INDEX_DIM) -> PlanarForm:
     return PlanarForm(PAGE_CHUNKS, dim, SCALE_BYTES) if planar else index_row_form(dim)
 
 
+POOLED = ((2, 4), (1, 128))
+"""Windows of a ring and tokens of a window: CSA, HCA."""
+
+
 def fill_index_rows(
     form: PlanarForm, region: torch.Tensor, draw: torch.Generator | None, count: int | None = None
 ) -> None:
@@ -205,3 +209,14 @@ def generator(device: torch.device, seed: int) -> torch.Generator | None:
 
 def randn(*shape: int, device: torch.device, draw: torch.Generator | None) -> torch.Tensor:
     return torch.randn(*shape, generator=draw, device=device)
+
+
+def full_rings(
+    windows: int, tokens: int, sessions: int, channels: int, dtype: torch.dtype, device: torch.device
+) -> tuple[torch.Tensor, ...]:
+    """Arguments of `pool_in_place` for sessions that all complete a window of `tokens`."""
+    draw, width = generator(device, 3), windows * channels
+    shapes = [(sessions, windows * tokens, width)] * 2 + [(sessions, width)] * 2
+    values = [randn(*shape, device=device, draw=draw).to(dtype) for shape in shapes]
+    rows = torch.arange(sessions, device=device)
+    return (*values, randn(tokens, width, device=device, draw=draw), rows, torch.full_like(rows, 3 * tokens - 1))

@@ -19,7 +19,6 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from ..kernels.compress import compress
 from ..kernels.hyper_connection import Connection, collapse, spread
 from ..kernels.index_rows import encode_index_rows
 from ..kernels.kv_codec import KVFormatSpec, encode_rows
@@ -130,9 +129,7 @@ def variants() -> Iterator[tuple[str, Callable[[], object]]]:
     yield "encode index rows", lambda: encode_index_rows(_bf16(1024, kernel_cases.INDEX_DIM), impl="fused")
     spec = KVFormatSpec("fp8", kernel_cases.HEAD_DIM, kernel_cases.ROPE_DIM)
     yield "encode fp8 entries", lambda: encode_rows(spec, _bf16(1024, kernel_cases.HEAD_DIM), impl="fused")
-    for slots in (8, 128):
-        yield f"pool {slots} slots", _pool(slots)
-    for windows, tokens in ((2, 4), (1, 128)):
+    for windows, tokens in kernel_cases.POOLED:
         yield f"pool {windows * tokens} slots in place", _pool_in_place(windows, tokens)
     for kind in ("queries", "entries", "results"):
         yield f"norm and rotate {kind}", _norm_rope(kind)
@@ -174,16 +171,9 @@ def _bf16(*shape: int) -> torch.Tensor:
     return torch.empty(shape, dtype=torch.bfloat16, device=META)
 
 
-def _pool(slots: int) -> Callable[[], object]:
-    kv = _bf16(1024, slots, kernel_cases.HEAD_DIM)
-    return lambda: compress(kv, kv.float(), impl="fused")
-
-
 def _pool_in_place(windows: int, tokens: int) -> Callable[[], object]:
-    width = windows * kernel_cases.HEAD_DIM
-    ring, new, bias = _bf16(8, windows * tokens, width), _bf16(8, width), torch.empty(tokens, width, device=META)
-    index = torch.empty(8, dtype=torch.int64, device=META)
-    return lambda: pool_in_place(ring, ring, new, new, bias, index, index, impl="fused")
+    rings = kernel_cases.full_rings(windows, tokens, 8, kernel_cases.HEAD_DIM, torch.bfloat16, META)
+    return lambda: pool_in_place(*rings, impl="fused")
 
 
 def _norm_rope(kind: str) -> Callable[[], object]:

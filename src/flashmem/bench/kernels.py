@@ -20,10 +20,10 @@ import torch
 import torch.nn.functional as F
 import triton
 
-from ..kernels.compress import compress
 from ..kernels.index_rows import decode_index_rows, encode_index_rows
 from ..kernels.kv_codec import KVFormatSpec, PlanarForm, decode_rows, encode_rows, get_planar
 from ..kernels.paged import PagedRows
+from ..kernels.pool_in_place import pool_in_place
 from ..kernels.score_chunks import fused as score
 from ..kernels.score_chunks import score_pages
 from ..kernels.select_chunks import fused as select
@@ -62,6 +62,7 @@ RAGGED = (1, 0, 63, 1000, 4097)
 TOPK_COUNTS = (1, 63, 512, 4096, 4097, 24_576, 262_144)
 PAGES = 4096
 ENCODED = (8, 64, 65_536)
+POOLING = (8, 64)
 
 # relative errors in the norm, against float64 on the same stored bytes; fp8: on the rounded queries
 TOLERANCES = {"fp32": 1e-5, "fp16": 1e-3, "bf16": 1e-2, "fp8": 2e-3, "fp8x2": 2e-3, "attend": 5e-3}
@@ -246,7 +247,7 @@ def _check_topk(run: Run) -> None:
 
 
 def _check_encoders(run: Run) -> None:
-    """The bytes of the definition; pooling within float32 rounding of float64."""
+    """The bytes of the definition; pooling within float32 rounding of it."""
     for dtype in (torch.float32, torch.bfloat16):
         for dim in (64, 128):
             keys = _of_all_sizes(run.device, 5000, dim).to(dtype)
@@ -256,11 +257,11 @@ def _check_encoders(run: Run) -> None:
             spec, kv = KVFormatSpec("fp8", head_dim, rope_dim), _of_all_sizes(run.device, 5000, head_dim).to(dtype)
             wrong = int((encode_rows(spec, kv, impl="fused") != encode_rows(spec, kv)).sum())
             run.check(f"fp8 entries of {head_dim} channels, {rope_dim} rotary, {dtype}", wrong, 0)
-    for slots in (8, 128):
-        kv, gate = _of_all_sizes(run.device, 2, 300, slots, 192).unbind()
-        weights = (gate.double() / 100).softmax(1)
-        found = compress(kv, gate / 100, impl="fused")
-        run.check(f"pooling of {slots} slots", relative_error(found, (kv.double() * weights).sum(1)), 1e-5)
+    for windows, tokens in kernel_cases.POOLED:
+        rings = kernel_cases.full_rings(windows, tokens, 300, 192, torch.float32, run.device)
+        wanted = pool_in_place(*(x.clone() for x in rings), impl="reference")
+        found = pool_in_place(*rings, impl="fused")
+        run.check(f"pooling of {windows * tokens} slots", relative_error(found, wanted), 1e-5)
 
 
 def _of_all_sizes(device: torch.device, *shape: int) -> torch.Tensor:
@@ -509,16 +510,29 @@ def run_encoders(run: Run) -> None:
         draw = kernel_cases.generator(run.device, 1)
         keys = kernel_cases.randn(count, kernel_cases.INDEX_DIM, device=run.device, draw=draw).bfloat16()
         kv = kernel_cases.randn(count, kernel_cases.HEAD_DIM, device=run.device, draw=draw).bfloat16()
-        windows = kernel_cases.randn(count, 8, kernel_cases.HEAD_DIM, device=run.device, draw=draw).bfloat16()
         cases: dict[str, tuple[Any, int]] = {
             "encode index rows": (partial(encode_index_rows, keys), keys.nbytes + count * (kernel_cases.INDEX_DIM + 4)),
             "encode fp8 entries": (partial(encode_rows, spec, kv), kv.nbytes + count * spec.entry_bytes),
-            "pool windows": (partial(compress, windows, windows), 2 * windows.nbytes + kv.nbytes),
         }
         for name, (call, moved) in cases.items():
-            shape: dict[str, Any] = {"bytes": moved, "flops": 0, "rate": "fp32", "chunks": count}
-            ours = run.time(name, [partial(call, impl="fused")], **shape)
-            run.time(name, [partial(call, impl="reference")], peer="torch", ours=ours, **shape)
+            _time_encoder(run, name, call, bytes=moved, chunks=count)
+    for sessions in POOLING:
+        for windows, tokens in kernel_cases.POOLED:
+            rings = kernel_cases.full_rings(
+                windows, tokens, sessions, kernel_cases.HEAD_DIM, torch.bfloat16, run.device
+            )
+            # of a ring of two windows, each token gives one of its two series
+            moved = sum(x.nbytes for x in rings[:2]) // windows + sum(x.nbytes for x in rings[2:4])
+            moved += sessions * kernel_cases.HEAD_DIM * 2
+            _time_encoder(
+                run, f"pool {windows * tokens} slots", partial(pool_in_place, *rings), bytes=moved, batch=sessions
+            )
+
+
+def _time_encoder(run: Run, name: str, call: Callable[..., Any], **shape: int) -> None:
+    whole: dict[str, Any] = {"flops": 0, "rate": "fp32", **shape}
+    ours = run.time(name, [partial(call, impl="fused")], **whole)
+    run.time(name, [partial(call, impl="reference")], peer="torch", ours=ours, **whole)
 
 
 # ---- program
