@@ -1,0 +1,270 @@
+"""The shipped model's decode loop: fused kernels against the reference engine, then end to end at long contexts.
+
+python -m benchmarks.shipped_decode --out results/shipped_decode.json
+
+Agreement. The reference engine (PyTorch, float32) answers the questions of mini-table1 greedily. Every other engine
+reads the same documents, and is fed the reference's tokens: at each step its own best token is compared, and its
+distribution by KL divergence, over as many tokens as the task gives an answer. In float32 every token must be the
+reference's, which by induction means that decoding greedily gives the same answers; in bfloat16 the share of equal
+tokens and the mean divergence have bounds, and PyTorch in bfloat16 is a row beside the kernels. Intervals are
+bootstrapped over documents.
+
+Lengths. A context of random tokens is read once; then the same session decodes with all pages resident and with the
+model's own LSA settings. Contexts leave room below the model's longest text for what is decoded.
+
+Exit status 1 where a bound is broken. On a CPU everything runs on the reference kernels, which tests the program only.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from benchmarks import common
+from flashmem import Engine, LSAConfig, Session
+from flashmem.accounting.models import shipped_model
+from flashmem.bench import report
+from flashmem.cli.sizes import parse_tokens
+from flashmem.config import KVFormat, ModelDefaults
+from flashmem.evaluation import Document, Item
+from flashmem.evaluation.suites.choose import make
+from flashmem.policy import AllPages
+
+SUITE, TASKS = "mini-table1", ("single", "multivalue", "multiquery", "vt", "talk", "hop", "ahead", "song")
+ROOM = 1024
+"""Tokens that a context leaves free."""
+LEAST_AGREEMENT, MOST_DIVERGENCE = 0.97, 0.02
+"""Bounds in bfloat16: share of tokens, and mean nats per token."""
+BATCH = 16
+
+
+@dataclass(frozen=True)
+class Variant:
+    """An engine that is compared with the reference."""
+
+    name: str
+    dtype: str
+    kv_format: KVFormat = "auto"
+    fused: bool = True
+
+    @property
+    def exact(self) -> bool:
+        return self.dtype == "float32" and self.kv_format == "auto"
+
+
+VARIANTS = (
+    Variant("float32", "float32"),
+    Variant("bfloat16, PyTorch", "bfloat16", fused=False),
+    Variant("bfloat16", "bfloat16"),
+    Variant("bfloat16, fp8 records", "bfloat16", "fp8"),
+)
+
+
+def settings(device: torch.device, *, fused: bool = True, **changes: Any) -> LSAConfig:
+    """The model's own, on the fused kernels and in graphs where the device has them."""
+    directory = shipped_model()
+    assert directory is not None
+    config = replace(ModelDefaults.of(directory).config(), prefill_chunk=2048, **changes)
+    return replace(config, kernels="fused", cuda_graphs=True) if fused and device.type == "cuda" else config
+
+
+def load(config: LSAConfig, device: torch.device, dtype: str) -> Engine:
+    directory = shipped_model()
+    assert directory is not None
+    return Engine.from_pretrained(directory, config=config, device=device, dtype=dtype)
+
+
+# ---- agreement
+
+
+class Batch(NamedTuple):
+    """Questions that were answered together."""
+
+    fed: list[list[int]]
+    log_SQV: torch.Tensor
+    """Log-probabilities of every step, on the CPU."""
+    inside_SQ: torch.Tensor
+    """Steps within the length of an answer."""
+
+
+@torch.no_grad()
+def follow(
+    engine: Engine, document: Document, items: Sequence[Item], truth: Sequence[Batch] | None = None
+) -> Iterator[Batch]:
+    """Batches of questions that are fed the tokens of the same batches of `truth`, or their own best ones."""
+    with engine.session() as read:
+        read.append(str(document.content))
+        snapshot = read.snapshot()
+    for number, at in enumerate(range(0, len(items), BATCH)):
+        asked, log_SQV = items[at : at + BATCH], list[torch.Tensor]()
+        fed: list[list[int]] = [[] for _ in asked]
+        with ExitStack() as stack:
+            sessions = [stack.enter_context(engine.resume(snapshot)) for _ in asked]
+            for session, item in zip(sessions, asked, strict=True):
+                session.append(str(item.question))
+            limits = torch.tensor([item.max_new_tokens for item in asked])
+            for step in range(int(limits.max())):
+                log_QV = torch.stack([_logits(session) for session in sessions]).log_softmax(-1)
+                log_SQV.append(log_QV.cpu())
+                best = log_QV.argmax(-1).tolist() if truth is None else [row[step] for row in truth[number].fed]
+                for row, token in zip(fed, best, strict=True):
+                    row.append(token)
+                engine.decode(sessions, best)
+        yield Batch(fed, torch.stack(log_SQV), torch.arange(len(log_SQV))[:, None] < limits)
+
+
+def _logits(session: Session) -> torch.Tensor:
+    assert session.next_logits is not None
+    return session.next_logits
+
+
+def agreement(device: torch.device, tokens: int, questions: int, variants: Sequence[Variant]) -> list[dict[str, Any]]:
+    """A row per variant; `passed` says whether its bounds hold."""
+    suite = make(SUITE, lengths=[tokens], n=questions, tasks=TASKS, per_document=max(1, questions // 4))
+    asked = [(d, items) for d in suite.documents if (items := [item for item in suite.items if item.document == d.id])]
+    reference = load(settings(device, fused=False), device, "float32")
+    truth = [list(follow(reference, *pair)) for pair in asked]
+    reference.close()
+    rows = []
+    for variant in variants:
+        engine = load(settings(device, fused=variant.fused, kv_format=variant.kv_format), device, variant.dtype)
+        equal: list[np.ndarray[Any, Any]] = []  # by document, of every token of every answer
+        divergence: list[np.ndarray[Any, Any]] = []
+        for pair, wanted in zip(asked, truth, strict=True):
+            compared = [_compared(a, b) for a, b in zip(wanted, follow(engine, *pair, wanted), strict=True)]
+            equal.append(np.concatenate([same for same, _ in compared]))
+            divergence.append(np.concatenate([nats for _, nats in compared]))
+        kernels, graphs = engine.config.kernels, engine.config.cuda_graphs
+        engine.close()
+        del engine
+        report.release(device)
+        rows.append({"variant": variant.name, "kernels": kernels, "cuda_graphs": graphs} | _row(
+            variant, equal, divergence
+        ))  # fmt: skip
+        report.log(" ".join(f"{name}={value}" for name, value in rows[-1].items()))
+    return rows
+
+
+def _compared(wanted: Batch, found: Batch) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Whether best tokens are equal, and KL(wanted || found), of the tokens of all answers, flat."""
+    a, b, inside = wanted.log_SQV, found.log_SQV, wanted.inside_SQ
+    nats = (a.exp() * (a - b)).sum(-1)
+    return (a.argmax(-1) == b.argmax(-1))[inside].numpy(), nats[inside].numpy()
+
+
+def _row(
+    variant: Variant, equal: Sequence[np.ndarray[Any, Any]], divergence: Sequence[np.ndarray[Any, Any]]
+) -> dict[str, Any]:
+    all_equal, all_nats = np.concatenate(equal), np.concatenate(divergence)
+    share, nats = float(all_equal.mean()), float(all_nats.mean())
+    bounds = bool(all_equal.all()) if variant.exact else share >= LEAST_AGREEMENT and nats <= MOST_DIVERGENCE
+    return {
+        "documents": len(equal),
+        "tokens": len(all_equal),
+        "equal_tokens": int(all_equal.sum()),
+        "agreement": round(share, 6),
+        "agreement_interval": _interval(equal),
+        "kl_nats": nats,
+        "kl_interval": _interval(divergence),
+        "kl_p99": float(np.quantile(all_nats, 0.99)),
+        "kl_max": float(all_nats.max()),
+        "passed": bounds,
+    }
+
+
+def _interval(by_document: Sequence[np.ndarray[Any, Any]], draws: int = 2000) -> tuple[float, float]:
+    """95 %, of the mean over all tokens, documents drawn with replacement."""
+    sums, counts = (np.array([getattr(x, name)() if name == "sum" else x.size for x in by_document], float)
+                    for name in ("sum", "size"))  # fmt: skip
+    picks = np.random.default_rng(0).integers(len(sums), size=(draws, len(sums)))
+    means = sums[picks].sum(1) / counts[picks].sum(1)
+    low, high = np.quantile(means, (0.025, 0.975))
+    return float(low), float(high)
+
+
+# ---- lengths
+
+
+@torch.no_grad()
+def lengths(device: torch.device, contexts: Sequence[int], windows: int, dtype: str) -> list[dict[str, Any]]:
+    """A row per context and mode."""
+    rows: list[dict[str, Any]] = []
+    for context in contexts:
+        config = settings(device)
+        engine = load(config, device, dtype)
+        draw = torch.Generator().manual_seed(context)
+        ids = torch.randint(engine.geometry.vocab_size, (context - ROOM,), generator=draw).tolist()
+        with engine.session() as session:
+            seconds = report.timed(lambda session=session, ids=ids: session.append(ids), report.synchronizer(device))
+            snapshot = session.snapshot()
+        for mode in ("full", "lsa"):
+            with engine.resume(snapshot, policy=AllPages() if mode == "full" else None) as session:
+                row = {"context": context, "tokens": len(ids), "mode": mode, "read_seconds": round(seconds, 3)}
+                row["read_tokens_per_second"] = round(len(ids) / seconds, 1)
+                rows.append(row | _decoded(engine, session, windows, device))
+                report.log(" ".join(f"{name}={value}" for name, value in rows[-1].items()))
+        engine.close()
+        del engine, session, snapshot
+        report.release(device)
+        full, lsa = rows[-2:]
+        lsa["mean_step_time_ratio"] = round(lsa["mean_step_ms"] / full["mean_step_ms"], 4)
+        lsa["device_bytes_ratio"] = round(lsa["device_bytes"] / full["device_bytes"], 4)
+    return rows
+
+
+def _decoded(engine: Engine, session: Session, windows: int, device: torch.device) -> dict[str, Any]:
+    """Whole windows, after one for warmth; a step waits for the one before, as whoever reads its token does."""
+    tau, took = engine.config.tau, []
+    token = int(_logits(session).argmax())
+    for _ in range((windows + 1) * tau):
+        logits: list[torch.Tensor] = []
+        took.append(report.timed(lambda t=token, out=logits: out.append(engine.decode([session], [t])),  # type: ignore[misc]
+                                 report.synchronizer(device)))  # fmt: skip
+        token = int(logits[0].argmax())
+    stats, measured = session.stats(), took[tau:]
+    return {
+        "step_ms": report.spread(measured),
+        "mean_step_ms": round(1e3 * sum(measured) / len(measured), 4),
+        "tokens_per_second": round(len(measured) / sum(measured), 2),
+        "pages": stats["pages"],
+        "resident_pages": stats["resident_pages"],
+        "device_bytes": stats["device_bytes_all_in"],
+        "bytes_moved": stats["bytes_moved"],
+    }
+
+
+def main() -> int:
+    parser = common.parser(__doc__)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--agreement-context", default="16K", help="tokens of the documents that are asked about")
+    parser.add_argument("--questions", type=int, default=16, help="per task; four documents share them")
+    parser.add_argument("--contexts", default="128K,512K,1M", help="with commas; none: agreement only")
+    parser.add_argument("--windows", type=int, default=2)
+    parser.add_argument("--dtype", default="bfloat16", help="of the long contexts")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    started, device = common.machine(), torch.device(args.device)
+    compared = agreement(device, parse_tokens(args.agreement_context), args.questions, VARIANTS)
+    contexts = [] if args.contexts == "none" else [parse_tokens(text) for text in args.contexts.split(",")]
+    result = {
+        "device": str(device),
+        "agreement": {
+            "context": parse_tokens(args.agreement_context), "questions_per_task": args.questions,
+            "least_agreement": LEAST_AGREEMENT, "most_divergence": MOST_DIVERGENCE, "rows": compared,
+        },
+        "lengths": {"dtype": args.dtype, "windows": args.windows, "rows": lengths(
+            device, contexts, args.windows, args.dtype
+        )},
+    }  # fmt: skip
+    common.write_result(args.out, "shipped_decode", result, started)
+    return 0 if all(row["passed"] for row in compared) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
