@@ -76,24 +76,52 @@ def rank_bits(scores):
 
 
 @triton.jit
-def largest(ranks, count, BITS: tl.constexpr):
-    """Where the `count` largest of `ranks` [N] are, the first ones among equals; a rank of 0 is never picked.
+def largest(ranks, count):
+    """Places of the `count` largest of `ranks` [N] in their order, -1 for all others; and how many there are.
 
-    Ranks are unsigned below 2^BITS. The smallest picked rank is found bit by bit, from the highest.
+    The first ones win among equals; a rank of 0 is never picked. Ranks are unsigned, N is below 2^16. The smallest
+    picked rank lies in `least`..`top`. A round counts twice in one sum and leaves a third of that range; the last one
+    is where either all ranks of the range are picked or it holds a single rank.
     """
-    count = tl.minimum(count, tl.sum((ranks > 0).to(tl.int32), axis=0))
-    least = tl.full([], 0, ranks.dtype)
-    found = count + 1  # ranks of at least `least`: not counted yet
-    bit = BITS - 1
-    while (bit >= 0) & (found != count):
-        trial = least | (tl.full([], 1, ranks.dtype) << bit)
-        reached = tl.sum((ranks >= trial).to(tl.int32), axis=0)
-        if reached >= count:
-            least = trial
-            found = reached
-        bit -= 1
-    above = ranks > least
-    equal = (ranks == least) & (ranks > 0)
-    wanted = count - tl.sum(above.to(tl.int32), axis=0)
-    before = tl.cumsum(equal.to(tl.int32), axis=0) - equal.to(tl.int32)
-    return above | (equal & (before < wanted))
+    top = tl.max(ranks, axis=0)
+    # three steps of a float32 exponent below the best: most rows have their smallest picked rank there
+    near = tl.maximum(top - tl.minimum(top, 3 << 23), 1)
+    found, beyond = _at_least(ranks, 1, near)
+    count = tl.minimum(count, found)
+    least = tl.full([], 1, ranks.dtype)
+    if beyond >= count:
+        least, found, beyond = near, beyond, 0
+    else:
+        top = near - 1
+    while (found != count) & (least < top):
+        third = (top - least) // 3 + 1
+        low, high = least + third, top - third + 1
+        at_low, at_high = _at_least(ranks, low, high)
+        if at_high >= count:
+            least, found = high, at_high
+        else:
+            if at_low >= count:
+                least, found = low, at_low
+                top, beyond = high - 1, at_high
+            else:
+                top, beyond = low - 1, at_low
+    room = count - beyond
+    above = ranks > top
+    within = (ranks >= least) & (ranks <= top)
+    both = above.to(tl.uint32) + (within.to(tl.uint32) << 16)
+    before = tl.cumsum(both, axis=0) - both
+    above_before, within_before = _halves(before)
+    picked = above | (within & (within_before < room))
+    return tl.where(picked, above_before + tl.minimum(within_before, room), -1), count
+
+
+@triton.jit
+def _at_least(ranks, low, high):
+    """How many of `ranks` are at least `low`, how many at least `high`."""
+    return _halves(tl.sum((ranks >= low).to(tl.uint32) + ((ranks >= high).to(tl.uint32) << 16), axis=0))
+
+
+@triton.jit
+def _halves(both):
+    """Two counts below 2^16 that were summed as one number: the lower, the higher."""
+    return (both & 0xFFFF).to(tl.int32), (both >> 16).to(tl.int32)

@@ -1,9 +1,8 @@
 """Exact top-k without a sort of all candidates, and level 2 over rows that are read in place.
 
-Each program finds the k best of a block in registers: the k-th largest rank bit by bit, then the first of its equals.
-Rows longer than a block are cut into blocks whose winners meet again, until one block is left. Candidates keep their
-order all the way, so that the lower index wins a tie. Where the caller wants the best first, a second kernel counts for
-each winner how many come before it.
+Each program finds the k best of a block in registers (see `largest`). Rows longer than `WHOLE` are cut into blocks
+whose winners meet again, until one block is left. Candidates keep their order all the way, so that the lower index wins
+a tie. Where the caller wants the best first, a second kernel counts for each winner how many come before it.
 
 Shape letters: B = rows (sessions), N = candidates, K = picks, S = blocks of a row.
 """
@@ -19,8 +18,14 @@ from ..score_chunks.fused import Precision, Tiles, prepare_queries, score_ranks
 from ..triton_parts import largest, rank_bits
 
 MOST_PICKS = 1024
+WHOLE = 8192
+"""Most candidates of one program where it takes a whole row: a longer search, but no second launch."""
 BLOCK = 4096
-"""Candidates of one program: four times the most picks, so that every round shrinks its input."""
+"""Candidates of one program where there are more: four times the most picks, so that every round shrinks its input."""
+THREAD_CANDIDATES = 16
+"""Candidates of one thread: with fewer, counts of more warps must meet; with more, their registers fill the device."""
+REGISTERS = 64
+"""Most registers of a thread of a cut row: four blocks fit on a multiprocessor, and nothing is spilled."""
 BLOCK_ORDER = 32
 """Winners that one program puts in order."""
 
@@ -59,7 +64,7 @@ def _rounds(values_BN: torch.Tensor, ids_BN: torch.Tensor | None, k: int, ordere
     if out.numel() == 0:
         return out
     index: torch.Tensor | None = None
-    while count > BLOCK:
+    while count > WHOLE:
         blocks = triton.cdiv(count, BLOCK)
         ranks = values_BN.new_empty(batch, blocks * k, dtype=torch.uint32)
         winners = torch.empty_like(ranks, dtype=torch.int32)
@@ -83,7 +88,8 @@ def _launch(
     _topk_kernel[(blocks, len(values))](
         values, values if ids is None else ids, picks if index is None else index, ranks, picks, values.shape[1], k,
         SCORES=ids is not None, INDEXED=index is not None, RANKS=ordered or not last, MISSING=-1 if last else 0,
-        BLOCK_COUNT=block, BLOCK_PICKS=triton.next_power_of_2(k), num_warps=max(1, min(16, block // 256)),
+        BLOCK_COUNT=block, BLOCK_PICKS=triton.next_power_of_2(k),
+        num_warps=max(4, block // (32 * THREAD_CANDIDATES)), maxnreg=None if last else REGISTERS,
     )  # fmt: skip
 
 
@@ -105,17 +111,16 @@ def _topk_kernel(
     index = at
     if INDEXED:
         index = tl.load(index_ptr + row * count + at, mask=inside, other=0)
-    picked = largest(ranks, k, 32)
-    place = tl.cumsum(picked.to(tl.int32), axis=0) - picked.to(tl.int32)
-    found = tl.sum(picked.to(tl.int32), axis=0)
+    place, found = largest(ranks, k)
+    place = place.to(tl.int64)  # before pointers: these would change their layout at twice the bytes
     pick = tl.arange(0, BLOCK_PICKS)
     missing = (pick >= found) & (pick < k)
     here = (row * tl.num_programs(0) + block) * k
     dtype = picks_ptr.dtype.element_ty
-    tl.store(picks_ptr + here + place, index.to(dtype), mask=picked)
+    tl.store(picks_ptr + here + place, index.to(dtype), mask=place >= 0)
     tl.store(picks_ptr + here + pick, tl.full([BLOCK_PICKS], MISSING, dtype), mask=missing)
     if RANKS:
-        tl.store(ranks_ptr + here + place, ranks, mask=picked)
+        tl.store(ranks_ptr + here + place, ranks, mask=place >= 0)
         tl.store(ranks_ptr + here + pick, tl.full([BLOCK_PICKS], 0, tl.uint32), mask=missing)
 
 

@@ -48,18 +48,25 @@ def _select_kernel(
     page = tl.arange(0, BLOCK_PAGES)
     live = page < num_pages
     eligible = live & (page >= sink) & (page < num_pages - recency)
-    ranks = rank_bits(tl.load(scores_ptr + b * width + page, mask=eligible, other=0.0)).to(tl.uint64)
+    ranks = rank_bits(tl.load(scores_ptr + b * width + page, mask=eligible, other=0.0))
     wanted = tl.load(least_ptr + b)
     if ABOVE:
         hit = eligible & (tl.load(hits_ptr + b * width + page, mask=eligible, other=0) > 0)
         above = tl.sum(hit.to(tl.int32), axis=0)
-        ranks += hit.to(tl.uint64) << 32
         wanted = tl.maximum(wanted, above)
         tl.store(above_ptr + b, above)
     wanted = tl.minimum(wanted, tl.load(most_ptr + b))
-    kept = largest(tl.where(eligible, ranks, 0), wanted, 33) | (live & (eligible == 0))
-    kept_before = tl.cumsum(kept.to(tl.int32), axis=0) - kept.to(tl.int32)
-    count = tl.sum(kept.to(tl.int32), axis=0)
+    if ABOVE:  # pages above the threshold come first: no others if these are enough, else all of these
+        enough = wanted <= above
+        others = tl.where(enough, 0, tl.minimum(ranks, 0xFFFFFFFE))
+        ranks = tl.where(hit, tl.where(enough, ranks, 0xFFFFFFFF), others)
+    place, picked = largest(tl.where(eligible, ranks, 0), wanted)
+    # all live pages that are not eligible are kept too: `sink` before the eligible ones, the others behind
+    choices = tl.maximum(num_pages - recency - sink, 0)
+    always_before = tl.where(page < sink, page, page - choices + picked)
+    kept_before = tl.where(place >= 0, place + sink, always_before)
+    kept = (place >= 0) | (live & (eligible == 0))
+    count = num_pages - choices + picked
     tl.store(out_ptr + b * width + kept_before, page, mask=kept)
     tl.store(out_ptr + b * width + page, tl.full([BLOCK_PAGES], -1, tl.int32), mask=(page >= count) & (page < width))
     tl.store(counts_ptr + b, count)
