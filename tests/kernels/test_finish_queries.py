@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.models.deepseek_v4.modeling_deepseek_v4 import apply_rotary_pos_emb
 
@@ -51,6 +51,7 @@ def test_the_definition_is_that_of_the_modules(tokens: int, dtype: torch.dtype) 
     rotated=st.booleans(),
     precision=st.sampled_from(sorted(HALF_STEPS)),
 )
+@settings(max_examples=25)  # on a device each is compiled
 def test_queries_are_finished_as_defined(
     sessions: int, heads: int, half_channels: int, power_of_two: bool, rope_share: float, rotated: bool,
     precision: str, triton_device: torch.device,
