@@ -501,6 +501,7 @@ KERNEL_TESTS = (
     "encode_fused.py::test_index_rows_are_the_same_bytes",
     "encode_fused.py::test_fp8_entries_are_the_same_bytes",
     "encode_fused.py::test_windows_pool_as_defined",
+    "finish_queries.py::test_level_2_takes_projections",
     "norm_rope.py::test_norms_and_rotations",
     "pool_in_place.py::test_it_pools_as_defined",
     "hyper_connection.py::test_nothing_beyond_the_values_is_read",

@@ -24,7 +24,7 @@ from ..kernels.select_chunks import select_resident
 from ..kernels.sparse_attention import EntrySource, attend_rows
 from .compressor import first_token_rope, pool_newest, project
 from .state import SessionState, StatePool
-from .steps import TokenStep, index_query
+from .steps import TokenStep, project_query
 
 if TYPE_CHECKING:
     from ..kernels.score_chunks.fused import Precision
@@ -172,10 +172,12 @@ class FusedStep(TokenStep):
         pages = self.pages
         kv_BD = self._window(compressor, layer, "", hidden_BE)
         pages.write(layer, kv_BD, self._window(compressor.indexer, layer, "index_", hidden_BE))
-        q, weights = index_query(compressor.indexer, hidden_BE[:, None], q_residual, rope, pages.keys_rotated)
+        q, weights, finish = project_query(
+            compressor.indexer, hidden_BE[:, None], q_residual, rope, pages.keys_rotated
+        )  # fmt: skip
         picks = select_resident(
             q[:, 0], weights[:, 0], pages.keys(layer), self.pool.geometry.index_topk, ordered=False,
-            precision=self.precision, impl="fused",
+            finish=finish, precision=self.precision, impl="fused",
         )  # fmt: skip
         return EntrySource(pages.entries(layer), pages.kv_spec, picks)
 

@@ -13,10 +13,9 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from transformers.models.deepseek_v4.modeling_deepseek_v4 import apply_rotary_pos_emb
 
-from ..kernels.index_rows import hadamard
 from ..kernels.kv_codec import decode_rows, encode_rows
+from ..kernels.score_chunks import QueryFinish, finish_queries
 from ..kernels.select_chunks import lightning_scores, topk_chunks, topk_history
 from ..kernels.sparse_attention import KeySet, attend, attend_prefill, attention_weights
 from ..types import DecodePages, LayerHistory, PrefillPages
@@ -54,15 +53,21 @@ class Step(Protocol):
         ...
 
 
+def project_query(
+    indexer: Any, hidden: torch.Tensor, q_residual: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor], rotated: bool
+) -> tuple[torch.Tensor, torch.Tensor, QueryFinish]:
+    """Projections [B, S, H, I] and [B, S, H] of the Lightning Indexer, and what makes queries and weights of them."""
+    q = indexer.q_b_proj(q_residual).unflatten(-1, (-1, indexer.head_dim))
+    scorer = indexer.scorer
+    finish = QueryFinish(rope, rotated, scorer.weights_scaling * scorer.softmax_scale)
+    return q, scorer.weights_proj(hidden), finish
+
+
 def index_query(
     indexer: Any, hidden: torch.Tensor, q_residual: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor], rotated: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The Lightning Indexer's queries [B, S, H, I] and head weights [B, S, H] with every scale factor folded in."""
-    q = indexer.q_b_proj(q_residual).unflatten(-1, (-1, indexer.head_dim))
-    q = apply_rotary_pos_emb(q, *rope, unsqueeze_dim=2)
-    scorer = indexer.scorer
-    weights = scorer.weights_proj(hidden).float() * (scorer.weights_scaling * scorer.softmax_scale)
-    return hadamard(q) if rotated else q, weights
+    return finish_queries(*project_query(indexer, hidden, q_residual, rope, rotated))
 
 
 class PrefillStep:

@@ -24,6 +24,7 @@ from ..kernels.index_rows import encode_index_rows
 from ..kernels.kv_codec import KVFormatSpec, encode_rows
 from ..kernels.norm_rope import norm_rope
 from ..kernels.pool_in_place import pool_in_place
+from ..kernels.score_chunks import QueryFinish
 from ..kernels.score_chunks import fused as score
 from ..kernels.select_chunks import fused as select
 from ..kernels.select_pages import select_pages
@@ -123,6 +124,8 @@ def variants() -> Iterator[tuple[str, Callable[[], object]]]:
             if tiles.run == 8:
                 short = score.Tiles(tiles.chunks, 1, tiles.warps, tiles.stages)
                 yield f"score ranks {precision} {label(short)}", _ranks(precision, short)
+    for precision in kernel_cases.SCORE_TILES:
+        yield f"finish and prepare queries {precision}", _prepare(precision)
     yield "top-k of 4096, ordered", lambda: _topk(4096, True)
     yield "top-k of 24576", lambda: _topk(24_576, False)
     yield "select pages of 4096", _pages
@@ -165,6 +168,12 @@ def _ranks(precision: Any, tiles: score.Tiles) -> Callable[[], object]:
         return score.score_ranks(*score.prepare_queries(q, w, precision), PoolCase(24_576, 8).keys(META), tiles=tiles)
 
     return launch
+
+
+def _prepare(precision: Any) -> Callable[[], object]:
+    heads, dim, table = kernel_cases.INDEX_HEADS, kernel_cases.INDEX_DIM, _bf16(8, kernel_cases.ROPE_DIM // 2)
+    finish = QueryFinish((table, table), hadamard=True, weight_scale=0.01)
+    return lambda: score.prepare_queries(_bf16(1, 8, 1, heads, dim), _bf16(1, 8, 1, heads), precision, finish)
 
 
 def _bf16(*shape: int) -> torch.Tensor:

@@ -50,11 +50,10 @@ MODULES = {
 """Components of a layer's modules; the layer's own time mixes the streams of mHC, and in fused steps collapses and
 normalises them too: one component, so that steps on both kernels can be compared."""
 BOOKKEEPING = "step: indices and rings"
-_OF_BOTH = (
-    ("index_query", "level 2: query"), ("project", "compressor: projections"), ("encode_rows", "compressor: encode"),
-)  # fmt: skip
+_OF_BOTH = (("project", "compressor: projections"), ("encode_rows", "compressor: encode"))
 FUNCTIONS = (
-    (fused_step, "select_resident", "level 2: top-k"), (select, "prepare_queries", "level 2: scores"),
+    (steps, "index_query", "level 2: query"), (fused_step, "project_query", "level 2: query"),
+    (fused_step, "select_resident", "level 2: top-k"), (select, "prepare_queries", "level 2: query"),
     (select, "score_ranks", "level 2: scores"), (select, "topk_ranks", "level 2: top-k"),
     (steps, "lightning_scores", "level 2: scores"), (steps, "topk_chunks", "level 2: top-k"),
     (DecodeBatch, "keys", "gather of pages"), (DecodeBatch, "kv", "gather of pages"),

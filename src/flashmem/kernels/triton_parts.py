@@ -68,6 +68,38 @@ def bf16_bits(x):
 
 
 @triton.jit
+def rounded(x, DTYPE: tl.constexpr):
+    """Float32 values that DTYPE holds: the nearest to those of x."""
+    if DTYPE.is_bf16():
+        return bf16_bits(x).to(tl.bfloat16, bitcast=True).to(tl.float32)
+    return x.to(DTYPE).to(tl.float32)
+
+
+@triton.jit
+def turn_pairs(x, others, turned, rotates, cos_ptr, sin_ptr, SIGN: tl.constexpr):
+    """Float32 x with its rotary embedding where `rotates`; SIGN -1 turns back.
+
+    `others` are the other channels of the interleaved pairs, `turned` channels from the first rotated one; the pointers
+    are those of one table of cosines and sines.
+    """
+    cos = tl.load(cos_ptr + turned // 2, mask=rotates, other=1.0).to(tl.float32)
+    sin = tl.load(sin_ptr + turned // 2, mask=rotates, other=0.0).to(tl.float32)
+    return x * cos + tl.where((turned & 1) == 0, -SIGN, SIGN) * (others * sin)
+
+
+@triton.jit
+def hadamard_rows(x, ROWS: tl.constexpr, CHANNELS: tl.constexpr, STEPS: tl.constexpr):
+    """Float32 rows [ROWS, CHANNELS] turned in blocks of 2^STEPS channels: the sums of the definition, in its order."""
+    for step in tl.static_range(STEPS):
+        pairs = tl.reshape(x, (ROWS, CHANNELS // (2 << step), 2, 1 << step))
+        first = (tl.arange(0, 2) == 0)[None, None, :, None]
+        plus = tl.sum(pairs, axis=2, keep_dims=True)
+        minus = tl.sum(tl.where(first, pairs, -pairs), axis=2, keep_dims=True)
+        x = tl.reshape(tl.where(first, plus, minus), (ROWS, CHANNELS))
+    return x * (1 << STEPS) ** -0.5
+
+
+@triton.jit
 def rank_bits(scores):
     """Float32 scores as uint32 in the same order; 0 is below all of them. -0.0 and 0.0 are one score."""
     bits = (scores + 0.0).to(tl.int32, bitcast=True)

@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..triton_parts import e4m3_bits, max_or_nan
+from ..triton_parts import e4m3_bits, hadamard_rows, max_or_nan
 
 BLOCK_ROWS = 16
 
@@ -35,12 +35,7 @@ def _encode_kernel(
     inside = (row < count)[:, None]
     row = row.to(tl.int64)
     x = tl.load(keys_ptr + row[:, None] * CHANNELS + channels[None, :], mask=inside, other=0.0).to(tl.float32)
-    for step in tl.static_range(STEPS):
-        pairs = tl.reshape(x, (BLOCK_ROWS, CHANNELS // (2 << step), 2, 1 << step))
-        even, odd = tl.split(tl.permute(pairs, (0, 1, 3, 2)))
-        pairs = tl.permute(tl.join(even + odd, even - odd), (0, 1, 3, 2))
-        x = tl.reshape(pairs, (BLOCK_ROWS, CHANNELS))
-    x = x * CHANNELS**-0.5
+    x = hadamard_rows(x, BLOCK_ROWS, CHANNELS, STEPS)
     scale = max_or_nan(tl.max(tl.abs(x), axis=1), 1e-4) * (1 / 448.0)
     values = e4m3_bits(tl.div_rn(x, tl.broadcast_to(scale[:, None], (BLOCK_ROWS, CHANNELS))))
     start = rows_ptr + row * (CHANNELS + 4)

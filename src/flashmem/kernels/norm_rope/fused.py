@@ -10,6 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
+from ..triton_parts import turn_pairs
+
 MOST_CHANNELS = 16_384
 
 
@@ -67,10 +69,8 @@ def _norm_rope_kernel(
         other_of_pair = tl.where(rotates, (turned ^ 1) + (CHANNELS - 2 * PAIRS), 0)
         other = tl.load(x_ptr + start + other_of_pair, mask=rotates, other=0.0)
         other = _normed(other, weight_ptr, other_of_pair, rotates, scale, NORM, WEIGHTED)
-        table = (row // rows_per_table) * PAIRS + turned // 2
-        cos = tl.load(cos_ptr + table, mask=rotates, other=1.0).to(tl.float32)
-        sin = tl.load(sin_ptr + table, mask=rotates, other=0.0).to(tl.float32)
-        y = y * cos + tl.where((turned & 1) == 0, -SIGN, SIGN) * (other * sin)
+        table = (row // rows_per_table) * PAIRS
+        y = turn_pairs(y, other, turned, rotates, cos_ptr + table, sin_ptr + table, SIGN)
     tl.store(out_ptr + start + channels, y.to(out_ptr.dtype.element_ty), mask=inside)
 
 

@@ -18,7 +18,14 @@ import torch
 from ..index_rows import SCALE_BYTES, decode_index_rows
 from ..paged import PagedRows, index_row_form, interleaved_form
 from .maximum import score_chunks_max_tiled
-from .reference import merge_logits_reference, reduce_pages_reference, score_chunks_reference
+from .reference import (
+    FINISHED,
+    QueryFinish,
+    finish_queries_reference,
+    merge_logits_reference,
+    reduce_pages_reference,
+    score_chunks_reference,
+)
 from .tiled import score_chunks_tiled
 
 if TYPE_CHECKING:
@@ -105,6 +112,19 @@ def score_chunks_max(
         logits_QN = score_chunks(q[:, 0], keys, w[:, 0], impl=impl)
         return logits_QN if seen is None else logits_QN.masked_fill(~seen, -torch.inf)
     raise ValueError(f"unknown impl {impl!r}; choose 'reference' or 'tiled'")
+
+
+def finish_queries(
+    q: torch.Tensor, w: torch.Tensor, finish: QueryFinish = FINISHED
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Queries [..., H, I] and float32 head weights [..., H] from their projections.
+
+    The rotary embedding rounds to the dtype of q, as the modules of transformers do; the rotation into the basis of
+    index rows gives float32. The fused version is a part of what prepares queries for the product.
+    """
+    if w.shape != q.shape[:-1]:
+        raise ValueError(f"q must be [..., H, I] and w [..., H], got {tuple(q.shape)} and {tuple(w.shape)}")
+    return finish_queries_reference(q, w, finish)
 
 
 def score_history(
@@ -244,9 +264,12 @@ def _check_history(q_LBMHI: torch.Tensor, w_LBMH: torch.Tensor, keys: PagedRows,
 
 
 __all__ = [
+    "FINISHED",
     "PageScores",
+    "QueryFinish",
     "decode_paged_keys",
     "default_precision",
+    "finish_queries",
     "score_chunks",
     "score_chunks_max",
     "score_history",

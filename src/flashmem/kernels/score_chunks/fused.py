@@ -19,13 +19,26 @@ import triton
 import triton.language as tl
 
 from ..paged import PagedRows
-from ..triton_parts import bf16_bits, e4m3_bits, max_or_nan, rank_bits, row_pointers, row_starts
+from ..triton_parts import (
+    bf16_bits,
+    e4m3_bits,
+    hadamard_rows,
+    max_or_nan,
+    rank_bits,
+    rounded,
+    row_pointers,
+    row_starts,
+    turn_pairs,
+)
+from .reference import FINISHED, QueryFinish
 
 Precision = Literal["fp8", "fp8x2", "fp16", "bf16", "fp32"]
 """How a query enters the product: e4m3 with a scale per head, a sum of two such, or a wider type. The keys' own values
 are exact in every one but `fp8` and `fp8x2`, which need e4m3 keys."""
 
 MOST_HEADS = 256
+QUERY_HEADS = 4
+"""Heads of a query that one program of one warp prepares: no channel of a head is in another warp."""
 ACCUMULATORS = 128 * 128
 """Products that one program of four warps holds: 128 registers a thread."""
 
@@ -52,20 +65,28 @@ class Tiles:
 
 
 def prepare_queries(
-    q_LBMHI: torch.Tensor, w_LBMH: torch.Tensor, precision: Precision
+    q_LBMHI: torch.Tensor, w_LBMH: torch.Tensor, precision: Precision, finish: QueryFinish = FINISHED
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Queries [L, B, M, T, H, I] in the type of the product, and float32 weights with the scales and relu's half."""
+    """Finish queries and weights, then: queries [L, B, M, T, H, I] in the type of the product, and float32 weights with
+    the scales and relu's half."""
     heads, channels = q_LBMHI.shape[-2:]
     terms = 2 if precision == "fp8x2" else 1
     q = q_LBMHI.new_empty((*q_LBMHI.shape[:-2], terms, heads, channels), dtype=_QUERY_DTYPES[precision])
     w = torch.empty_like(w_LBMH, dtype=torch.float32, memory_format=torch.contiguous_format)
-    block_heads = 16
     queries = q_LBMHI.shape[:-2].numel()
     if queries:
-        _prepare_kernel[(queries, triton.cdiv(heads, block_heads))](
-            q_LBMHI.contiguous(), w_LBMH.contiguous(), q, w,
-            HEADS=heads, CHANNELS=channels, TERMS=terms, LIMIT=_QUERY_LIMITS[precision],
-            BLOCK_HEADS=block_heads, BLOCK_CHANNELS=triton.next_power_of_2(channels),
+        tables = finish.tables(queries, channels)
+        if tables is not None and channels % 2:
+            raise ValueError(f"the fused kernel rotates an even number of channels, got {channels}")
+        cos_GP, sin_GP = (w, w) if tables is None else (tables[0].contiguous(), tables[1].contiguous())
+        _prepare_kernel[(queries, triton.cdiv(heads, QUERY_HEADS))](
+            q_LBMHI.contiguous(), w_LBMH.contiguous(), cos_GP, sin_GP, q, w,
+            1 if tables is None else queries // len(cos_GP), finish.weight_scale,
+            HEADS=heads, CHANNELS=channels, PAIRS=0 if tables is None else cos_GP.shape[1],
+            HADAMARD_STEPS=(channels & -channels).bit_length() - 1 if finish.hadamard else 0,
+            TERMS=terms, LIMIT=_QUERY_LIMITS[precision],
+            BLOCK_HEADS=QUERY_HEADS, BLOCK_CHANNELS=triton.next_power_of_2(channels),
+            num_warps=1,
         )  # fmt: skip
     return q, w
 
@@ -185,11 +206,11 @@ def _key_dtype(keys: PagedRows, channels: int, query_dtype: torch.dtype) -> tl.d
     return _KEY_DTYPES[itemsize]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["queries_per_table"])
 def _prepare_kernel(
-    q_ptr, w_ptr, q_out_ptr, w_out_ptr,
-    HEADS: tl.constexpr, CHANNELS: tl.constexpr, TERMS: tl.constexpr, LIMIT: tl.constexpr,
-    BLOCK_HEADS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
+    q_ptr, w_ptr, cos_ptr, sin_ptr, q_out_ptr, w_out_ptr, queries_per_table, weight_scale,
+    HEADS: tl.constexpr, CHANNELS: tl.constexpr, PAIRS: tl.constexpr, HADAMARD_STEPS: tl.constexpr,
+    TERMS: tl.constexpr, LIMIT: tl.constexpr, BLOCK_HEADS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
 ):  # fmt: skip
     query = tl.program_id(0)
     heads = tl.program_id(1) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
@@ -198,17 +219,27 @@ def _prepare_kernel(
     at = heads[:, None] * CHANNELS + channels[None, :]
     size = HEADS * CHANNELS
     q = tl.load(q_ptr + query.to(tl.int64) * size + at, mask=inside, other=0.0).to(tl.float32)
-    w = tl.load(w_ptr + query * HEADS + heads, mask=heads < HEADS, other=0.0).to(tl.float32)
+    w = tl.load(w_ptr + query * HEADS + heads, mask=heads < HEADS, other=0.0).to(tl.float32) * weight_scale
+    if PAIRS:
+        even, odd = tl.split(tl.reshape(q, (BLOCK_HEADS, BLOCK_CHANNELS // 2, 2)))
+        others = tl.reshape(tl.join(odd, even), (BLOCK_HEADS, BLOCK_CHANNELS))
+        turned = channels[None, :] - (CHANNELS - 2 * PAIRS)
+        rotates = (turned >= 0) & (channels < CHANNELS)[None, :]
+        table = (query // queries_per_table) * PAIRS
+        q = turn_pairs(q, others, turned, rotates, cos_ptr + table, sin_ptr + table, 1)
+        q = rounded(q, q_ptr.dtype.element_ty)
+    if HADAMARD_STEPS:
+        q = hadamard_rows(q, BLOCK_HEADS, BLOCK_CHANNELS, HADAMARD_STEPS)
     if LIMIT > 0:
         scale = tl.maximum(tl.max(tl.abs(q), axis=1), 1e-4) * (1 / LIMIT)
         q = tl.div_rn(q, tl.broadcast_to(scale[:, None], (BLOCK_HEADS, BLOCK_CHANNELS)))
         w = w * scale
     out = q_out_ptr + query.to(tl.int64) * (TERMS * size) + at
     if q_out_ptr.dtype.element_ty == tl.float8e4nv:
-        rounded = e4m3_bits(q).to(tl.float8e4nv, bitcast=True)
-        tl.store(out, rounded, mask=inside)
+        first = e4m3_bits(q).to(tl.float8e4nv, bitcast=True)
+        tl.store(out, first, mask=inside)
         if TERMS == 2:
-            rest = e4m3_bits(q - rounded.to(tl.float32)).to(tl.float8e4nv, bitcast=True)
+            rest = e4m3_bits(q - first.to(tl.float32)).to(tl.float8e4nv, bitcast=True)
             tl.store(out + size, rest, mask=inside)
     elif q_out_ptr.dtype.element_ty == tl.bfloat16:
         tl.store(out, bf16_bits(q).to(tl.bfloat16, bitcast=True), mask=inside)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from ..paged import PagedRows
-from ..score_chunks import decode_paged_keys, default_precision
+from ..score_chunks import FINISHED, QueryFinish, decode_paged_keys, default_precision, finish_queries
 from ..tiles import for_device
 from .reference import lightning_scores_reference, merge_best, pick_ids, rank_keys
 
@@ -63,6 +63,7 @@ def select_resident(
     k: int,
     *,
     ordered: bool = True,
+    finish: QueryFinish = FINISHED,
     precision: Precision | None = None,
     impl: Impl | None = None,
 ) -> torch.Tensor:
@@ -70,6 +71,7 @@ def select_resident(
 
     An index counts a session's rows in the order of its page table; equal scores are ordered by lower index, which is
     the lower chunk id as long as page tables ascend. Best first, or with ordered=False ascending. `keys` has one layer.
+    `finish` is what q and w lack (see `score_chunks.finish_queries`).
     The fused version multiplies in `precision` (see `score_chunks.score_history`); k is at most 1024.
     """
     if keys.num_layers != 1 or len(q_BHI) != keys.batch or q_BHI.shape[:2] != w_BH.shape:
@@ -81,8 +83,9 @@ def select_resident(
         from .fused import select_resident_fused  # needs triton
 
         precision = precision or default_precision(keys, q_BHI.shape[-1])
-        return select_resident_fused(q_BHI, w_BH, keys, k, precision=precision, ordered=ordered)
+        return select_resident_fused(q_BHI, w_BH, keys, k, precision=precision, ordered=ordered, finish=finish)
     _check_impl(impl)
+    q_BHI, w_BH = finish_queries(q_BHI, w_BH, finish)
     scores_BN = lightning_scores_reference(q_BHI, w_BH, decode_paged_keys(keys, 0, q_BHI.shape[-1]))
     index_BN = torch.where(keys.valid(), torch.arange(keys.max_rows, device=keys.device), -1)
     picks_BK, valid_BK = topk_chunks(scores_BN, index_BN, k)

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from ..paged import PagedRows
+from ..score_chunks import FINISHED, QueryFinish
 from ..score_chunks.fused import Precision, Tiles, prepare_queries, score_ranks
 from ..triton_parts import largest, rank_bits
 
@@ -38,10 +39,11 @@ def select_resident_fused(
     *,
     precision: Precision,
     ordered: bool,
+    finish: QueryFinish = FINISHED,
     tiles: Tiles | None = None,
 ) -> torch.Tensor:
     """Indices int64 [B, min(k, N)] of the best rows, -1 where there are fewer."""
-    prepared = prepare_queries(q_BHI[None, :, None], w_BH[None, :, None], precision)
+    prepared = prepare_queries(q_BHI[None, :, None], w_BH[None, :, None], precision, finish)
     return topk_ranks(score_ranks(*prepared, keys, tiles=tiles), k, ordered=ordered)
 
 
