@@ -41,8 +41,8 @@ SCORE_TILES = {
 }  # fmt: skip
 """Tiles worth timing, by precision."""
 
-ATTEND_TILES = [(64, 32, 8, 3), (64, 16, 8, 3), (64, 16, 8, 4), (64, 64, 8, 2), (32, 32, 8, 3), (16, 32, 4, 2)]
-"""Heads, keys, warps, stages."""
+ATTEND_TILES = [(64, 32, 8), (64, 16, 8), (64, 64, 8), (32, 32, 8), (32, 32, 4), (16, 32, 4)]
+"""Heads, keys, warps."""
 SHARES = {1: (8, 10, 20), 8: (4, 8, 16), 32: (2, 4, 8), 64: (1, 2, 4)}
 """Programs that share the keys of one session, by the size of the batch."""
 
@@ -170,7 +170,7 @@ def attention_flops(batch: int, picks: int) -> int:
 
 
 def attend_tiles(shares: int) -> list[AttendTiles]:
-    return [AttendTiles(heads, keys, shares, *rest) for heads, keys, *rest in ATTEND_TILES]
+    return [AttendTiles(heads, keys, shares, warps) for heads, keys, warps in ATTEND_TILES]
 
 
 def index_form(planar: bool, dim: int = INDEX_DIM) -> PlanarForm:

@@ -35,7 +35,7 @@ _EXACT = {torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 class Tiles:
     """How the work is cut: heads and keys of one product, and programs that share the keys of one session.
 
-    The bytes of entries are on their way `stages` - 1 blocks ahead.
+    `stages` matters for a single source only: with two, loads are not pipelined.
     """
 
     heads: int
@@ -84,7 +84,7 @@ def attend_rows_fused(
         *_arguments(sources[0]), *_arguments(sources[last]),
         FIRST=forms[0], SECOND=forms[1] if last else None,
         HEADS=heads, HEAD_DIM=head_dim, BLOCK_HEADS=block_heads, BLOCK_DIM=max(64, triton.next_power_of_2(head_dim)),
-        BLOCK_KEYS=tiles.keys, SPLIT=shares > 1, LOG2_E=LOG2_E, num_warps=tiles.warps, num_stages=tiles.stages,
+        BLOCK_KEYS=tiles.keys, SHARES=shares, LOG2_E=LOG2_E, num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
     if shares > 1:
         _merge_kernel[(heads, batch)](
@@ -98,13 +98,13 @@ def attend_rows_fused(
 def default_tiles(q_BHD: torch.Tensor, sources: Sequence[EntrySource]) -> Tiles:
     """As many shares as leave no multiprocessor idle, and no more than there are blocks of keys."""
     batch, heads, _ = q_BHD.shape
-    block_heads, block_keys, stages = (64, 32, 3) if q_BHD.dtype.itemsize == 2 else (16, 16, 1)
+    block_heads, block_keys = (64, 32) if q_BHD.dtype.itemsize == 2 else (16, 16)
     block_heads = min(block_heads, max(16, triton.next_power_of_2(heads)))
     blocks = sum(triton.cdiv(_num_keys(source), block_keys) for source in sources)
     programs = batch * triton.cdiv(heads, block_heads)
     units = torch.cuda.get_device_properties(q_BHD.device).multi_processor_count if q_BHD.is_cuda else 1
     shares = min(MOST_SHARES, max(1, blocks), max(1, units // programs))
-    return Tiles(block_heads, block_keys, shares, stages=stages)
+    return Tiles(block_heads, block_keys, shares)
 
 
 def _num_keys(source: EntrySource) -> int:
@@ -153,128 +153,98 @@ def _check_rope(spec: KVFormatSpec) -> None:
 
 
 @triton.jit
-def _num_rows(counts_ptr, b, picks_width, FORM: tl.constexpr):
-    if FORM.picks:
-        return picks_width
-    return tl.load(counts_ptr + b)
-
-
-@triton.jit
-def _load_rows(block, count, picks_ptr, FORM: tl.constexpr, BLOCK_KEYS: tl.constexpr):
-    """The rows of one block of a source; -1 where there is none."""
-    rows = block * BLOCK_KEYS + tl.arange(0, BLOCK_KEYS)
-    live = rows < count
-    if FORM.picks:
-        return tl.load(picks_ptr + rows, mask=live, other=-1).to(tl.int32)
-    return tl.where(live, rows, -1)
-
-
-@triton.jit
-def _find(base, rows, numbers_ptr, FORM: tl.constexpr):
-    """Where the data and tails of rows lie, and which of them there are."""
-    live = rows >= 0
-    data, tail = row_starts(
-        base, tl.maximum(rows, 0), live, numbers_ptr, FORM.table, FORM.page_chunks, FORM.page_stride, FORM.data_bytes,
-        FORM.tail_bytes,
-    )  # fmt: skip
-    return data, tail, live
-
-
-@triton.jit
-def _load_values(data, live, channels, FORM: tl.constexpr, HEAD_DIM: tl.constexpr):
-    """The channels [keys, channels] as they are stored, of fp8 the plain ones; zeros where there are none."""
-    END: tl.constexpr = HEAD_DIM - FORM.rope_dim if FORM.dtype == tl.float8e4nv else HEAD_DIM
+def _load_exact(
+    data, live, channels, FORM: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr
+):  # fmt: skip
+    """Entries [keys, channels] in their own type; zeros where not live."""
     inside = live[:, None]
-    if channels.shape[0] != END:
-        inside = inside & (channels < END)[None, :]
+    if HEAD_DIM != BLOCK_DIM:
+        inside = inside & (channels < HEAD_DIM)[None, :]
     return tl.load(row_pointers(data, channels, FORM.dtype, FORM.alignment), mask=inside, other=0.0)
 
 
 @triton.jit
-def _load_scales(tail, live, FORM: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCKS: tl.constexpr):
-    """The scale bytes [keys, blocks] of fp8 entries; those of 1 where there are none."""
-    if FORM.dtype == tl.float8e4nv:
-        blocks = tl.arange(0, BLOCKS)
-        scales = tl.load(
-            tail.to(tl.pointer_type(tl.uint8))[:, None] + blocks[None, :],
-            mask=live[:, None] & (blocks * SCALE_BLOCK < HEAD_DIM - FORM.rope_dim)[None, :],
-            other=127,
-        )
-    else:
-        scales = live
-    return scales
-
-
-@triton.jit
-def _decode_fp8(
-    values, scales, data, live, FORM: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCKS: tl.constexpr,
+def _load_fp8(
+    data, tail, live, channels, FORM: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
 ):  # fmt: skip
-    """Entries [keys, channels], float32, from plain values and scale bytes; loads their rotary channels."""
-    values = tl.reshape(values.to(tl.float32), (BLOCK_KEYS, BLOCKS, SCALE_BLOCK))
+    """Decoded fp8 entries [keys, channels], float32; zeros where not live."""
+    PLAIN: tl.constexpr = HEAD_DIM - FORM.rope_dim
+    BLOCKS: tl.constexpr = BLOCK_DIM // SCALE_BLOCK
+    inside = live[:, None]
+    values = tl.load(
+        row_pointers(data, channels, FORM.dtype, FORM.alignment), mask=inside & (channels < PLAIN)[None, :], other=0.0
+    ).to(tl.float32)
+    blocks = tl.arange(0, BLOCKS)
+    scales = tl.load(
+        tail.to(tl.pointer_type(tl.uint8))[:, None] + blocks[None, :],
+        mask=inside & (blocks * SCALE_BLOCK < PLAIN)[None, :],
+        other=0,
+    )
     # a ue8m0 scale is the exponent field of a float32
-    factors = (scales.to(tl.int32) << 23).to(tl.float32, bitcast=True)[:, :, None]
+    scales = (scales.to(tl.int32) << 23).to(tl.float32, bitcast=True)
+    entries = tl.reshape(values, (BLOCK_KEYS, BLOCKS, SCALE_BLOCK)) * scales[:, :, None]
     if FORM.rope_dim > 0:
-        PLAIN: tl.constexpr = HEAD_DIM - FORM.rope_dim
-        LAST: tl.constexpr = PLAIN // SCALE_BLOCK
+        LAST: tl.constexpr = (HEAD_DIM - 1) // SCALE_BLOCK
         BEFORE: tl.constexpr = PLAIN - LAST * SCALE_BLOCK
         within = tl.arange(0, SCALE_BLOCK)
         rotary = (within >= BEFORE) & (within < BEFORE + FORM.rope_dim)
         # the pointer stands BEFORE channels ahead of the first rotary one, so that columns meet
         pointers = row_pointers(data + (PLAIN - 2 * BEFORE), within, tl.bfloat16, FORM.alignment if BEFORE == 0 else 2)
-        rope = tl.load(pointers, mask=live[:, None] & rotary[None, :], other=0.0).to(tl.float32)
-        here = (tl.arange(0, BLOCKS) == LAST)[None, :, None] & rotary[None, None, :]
-        # before the product: a choice after it would be one between bfloat16, channel by channel
-        values = tl.where(here, rope[:, None, :], values)
-        if BEFORE > 0:
-            factors = tl.where(here, 1.0, factors)
-    return tl.reshape(values * factors, (BLOCK_KEYS, BLOCKS * SCALE_BLOCK))
+        rope = tl.load(pointers, mask=inside & rotary[None, :], other=0.0).to(tl.float32)
+        here = (blocks == LAST)[None, :, None] & rotary[None, None, :]
+        entries = tl.where(here, rope[:, None, :], entries)
+    return tl.reshape(entries, (BLOCK_KEYS, BLOCK_DIM))
 
 
 @triton.jit
-def _attend_source(
-    q, scale, acc, peak, total, begin, end, count, base, numbers_ptr, picks_ptr,
-    FORM: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_KEYS: tl.constexpr,
+def _find_block(
+    block, base, numbers_ptr, picks_ptr, count, FORM: tl.constexpr, BLOCK_KEYS: tl.constexpr
 ):  # fmt: skip
-    """Add the blocks `begin` to `end` of one source to the running softmax.
+    """Where the data and tails of one block of a source lie, and which of its entries there are."""
+    rows = block * BLOCK_KEYS + tl.arange(0, BLOCK_KEYS)
+    live = rows < count
+    if FORM.picks:
+        picks = tl.load(picks_ptr + rows, mask=live, other=-1)
+        live = picks >= 0
+        rows = tl.maximum(picks, 0).to(tl.int32)
+    data, tail = row_starts(
+        base, rows, live, numbers_ptr, FORM.table, FORM.page_chunks, FORM.page_stride, FORM.data_bytes, FORM.tail_bytes
+    )
+    return data, tail, live
 
-    The compiler copies the bytes of entries to shared memory blocks ahead, because their addresses do not depend on a
-    load of the same round: the way to them is two loads deep, a pick and its page, each taken a block before the next.
-    """
-    BLOCK_DIM: tl.constexpr = q.shape[1]
-    BLOCKS: tl.constexpr = BLOCK_DIM // SCALE_BLOCK
-    channels = tl.arange(0, BLOCK_DIM)
-    count = tl.minimum(count, end * BLOCK_KEYS)
-    rows = _load_rows(begin, count, picks_ptr, FORM, BLOCK_KEYS)
-    data, tail, live = _find(base, rows, numbers_ptr, FORM)
-    scales = _load_scales(tail, live, FORM, HEAD_DIM, BLOCKS)
-    rows = _load_rows(begin + 1, count, picks_ptr, FORM, BLOCK_KEYS)
-    for block in tl.range(begin, end):
-        kv = _load_values(data, live, channels, FORM, HEAD_DIM)
-        if FORM.dtype == tl.float8e4nv:
-            kv = _decode_fp8(kv, scales, data, live, FORM, HEAD_DIM, BLOCKS, BLOCK_KEYS)
-        kv = kv.to(q.dtype)
-        here = live
-        data, tail, live = _find(base, rows, numbers_ptr, FORM)
-        rows = _load_rows(block + 2, count, picks_ptr, FORM, BLOCK_KEYS)
-        if FORM.picks:
-            # always true, which the compiler cannot know: where it sees that one product feeds the other, it gives
-            # the first a layout in which both halves of a program's warps compute all logits
-            logits = tl.zeros([q.shape[0], BLOCK_KEYS], tl.float32)
-            if block * BLOCK_KEYS < count:
-                logits = tl.dot(q, tl.trans(kv), input_precision="ieee")
-        else:
-            logits = tl.dot(q, tl.trans(kv), input_precision="ieee")
-        scales = _load_scales(tail, live, FORM, HEAD_DIM, BLOCKS)  # after a product: pages arrive meanwhile
-        logits = tl.where(here[None, :], logits * scale, float("-inf"))
-        higher = tl.maximum(peak, tl.max(logits, axis=1))
-        shift = tl.where(higher == float("-inf"), 0.0, higher)
-        weights = tl.exp2(logits - shift[:, None])
-        fade = tl.exp2(peak - shift)
-        total = total * fade + tl.sum(weights, axis=1)
-        acc = tl.dot(weights.to(q.dtype), kv, acc * fade[:, None], input_precision="ieee")
-        peak = higher
-    return acc, peak, total
+
+@triton.jit
+def _load_block(
+    data, tail, live, channels, FORM: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
+    BLOCK_KEYS: tl.constexpr,
+):  # fmt: skip
+    if FORM.dtype == tl.float8e4nv:
+        kv = _load_fp8(data, tail, live, channels, FORM, HEAD_DIM, BLOCK_DIM, BLOCK_KEYS)
+    else:
+        kv = _load_exact(data, live, channels, FORM, HEAD_DIM, BLOCK_DIM)
+    return kv
+
+
+@triton.jit
+def _find_either(
+    block, blocks1, base1, numbers1_ptr, picks1_ptr, count1, base2, numbers2_ptr, picks2_ptr, count2,
+    FIRST: tl.constexpr, SECOND: tl.constexpr, BLOCK_KEYS: tl.constexpr,
+):  # fmt: skip
+    if SECOND is None:
+        data, tail, live = _find_block(block, base1, numbers1_ptr, picks1_ptr, count1, FIRST, BLOCK_KEYS)
+    elif block < blocks1:
+        data, tail, live = _find_block(block, base1, numbers1_ptr, picks1_ptr, count1, FIRST, BLOCK_KEYS)
+    else:
+        data, tail, live = _find_block(block - blocks1, base2, numbers2_ptr, picks2_ptr, count2, SECOND, BLOCK_KEYS)
+    return data, tail, live
+
+
+@triton.jit
+def _num_rows(counts_ptr, b, picks_width, FORM: tl.constexpr):
+    if FORM.picks:
+        return picks_width
+    return tl.load(counts_ptr + b)
 
 
 @triton.jit
@@ -283,11 +253,10 @@ def _attend_kernel(
     addresses1_ptr, numbers1_ptr, picks1_ptr, counts1_ptr, table_width1, picks_width1,
     addresses2_ptr, numbers2_ptr, picks2_ptr, counts2_ptr, table_width2, picks_width2,
     FIRST: tl.constexpr, SECOND: tl.constexpr, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
-    BLOCK_HEADS: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_KEYS: tl.constexpr, SPLIT: tl.constexpr,
+    BLOCK_HEADS: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_KEYS: tl.constexpr, SHARES: tl.constexpr,
     LOG2_E: tl.constexpr,
 ):  # fmt: skip
     share = tl.program_id(0)
-    shares = tl.num_programs(0)  # not a constant: the same code serves any number but one
     b = tl.program_id(1)
     heads = tl.program_id(2) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
     channels = tl.arange(0, BLOCK_DIM)
@@ -300,25 +269,47 @@ def _attend_kernel(
 
     count1 = _num_rows(counts1_ptr, b, picks_width1, FIRST)
     blocks1 = tl.cdiv(count1, BLOCK_KEYS)
-    blocks = blocks1
+    blocks2 = 0
+    count2 = 0
     if SECOND is not None:
         count2 = _num_rows(counts2_ptr, b, picks_width2, SECOND)
-        blocks += tl.cdiv(count2, BLOCK_KEYS)
-    each = tl.cdiv(blocks, shares)
-    begin = share * each
-    end = tl.minimum(begin + each, blocks)
-    acc, peak, total = _attend_source(
-        q, scale, acc, peak, total, begin, tl.minimum(end, blocks1), count1,
-        tl.load(addresses1_ptr + b), numbers1_ptr + b * table_width1, picks1_ptr + b * picks_width1,
-        FIRST, HEAD_DIM, BLOCK_KEYS,
+        blocks2 = tl.cdiv(count2, BLOCK_KEYS)
+    each = tl.cdiv(blocks1 + blocks2, SHARES)
+    base1 = tl.load(addresses1_ptr + b)
+    base2 = tl.load(addresses2_ptr + b)
+    numbers1_ptr += b * table_width1
+    numbers2_ptr += b * table_width2
+    picks1_ptr += b * picks_width1
+    picks2_ptr += b * picks_width2
+    end = tl.minimum((share + 1) * each, blocks1 + blocks2)
+    data, tail, live = _find_either(
+        share * each, blocks1, base1, numbers1_ptr, picks1_ptr, count1, base2, numbers2_ptr, picks2_ptr, count2,
+        FIRST, SECOND, BLOCK_KEYS,
     )  # fmt: skip
-    if SECOND is not None:
-        acc, peak, total = _attend_source(
-            q, scale, acc, peak, total, tl.maximum(begin - blocks1, 0), end - blocks1, count2,
-            tl.load(addresses2_ptr + b), numbers2_ptr + b * table_width2, picks2_ptr + b * picks_width2,
-            SECOND, HEAD_DIM, BLOCK_KEYS,
+    # one loop over the blocks of both sources: a loop for each would keep two layouts of the sums alive
+    for block in tl.range(share * each, end):
+        if SECOND is None:  # a branch that only the compiler sees
+            kv = _load_block(data, tail, live, channels, FIRST, HEAD_DIM, BLOCK_DIM, BLOCK_KEYS).to(q.dtype)
+        elif block < blocks1:
+            kv = _load_block(data, tail, live, channels, FIRST, HEAD_DIM, BLOCK_DIM, BLOCK_KEYS).to(q.dtype)
+        else:
+            kv = _load_block(data, tail, live, channels, SECOND, HEAD_DIM, BLOCK_DIM, BLOCK_KEYS).to(q.dtype)
+        here = live
+        # the way to an entry is two loads deep: take it for the next block while this one is multiplied
+        data, tail, live = _find_either(
+            block + 1, blocks1, base1, numbers1_ptr, picks1_ptr, count1, base2, numbers2_ptr, picks2_ptr, count2,
+            FIRST, SECOND, BLOCK_KEYS,
         )  # fmt: skip
-    if not SPLIT:
+        logits = tl.dot(q, tl.trans(kv), input_precision="ieee") * scale
+        logits = tl.where(here[None, :], logits, float("-inf"))
+        higher = tl.maximum(peak, tl.max(logits, axis=1))
+        shift = tl.where(higher == float("-inf"), 0.0, higher)
+        weights = tl.exp2(logits - shift[:, None])
+        fade = tl.exp2(peak - shift)
+        total = total * fade + tl.sum(weights, axis=1)
+        acc = tl.dot(weights.to(q.dtype), kv, acc * fade[:, None], input_precision="ieee")
+        peak = higher
+    if SHARES == 1:
         sink = tl.load(sinks_ptr + heads, mask=heads < HEADS, other=0.0).to(tl.float32) * LOG2_E
         top = tl.maximum(peak, sink)
         fade = tl.exp2(peak - top)
@@ -326,7 +317,7 @@ def _attend_kernel(
         out = out_ptr + b.to(tl.int64) * (HEADS * HEAD_DIM) + at
         tl.store(out, (acc * weight[:, None]).to(out_ptr.dtype.element_ty), mask=inside)
     else:
-        part = b.to(tl.int64) * shares + share
+        part = b.to(tl.int64) * SHARES + share
         tl.store(partial_ptr + part * (HEADS * HEAD_DIM) + at, acc, mask=inside)
         tl.store(peaks_ptr + part * HEADS + heads, peak, mask=heads < HEADS)
         tl.store(totals_ptr + part * HEADS + heads, total, mask=heads < HEADS)
