@@ -243,19 +243,20 @@ def main() -> int:
     parser = common.parser(__doc__)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--agreement-context", default="16K", help="tokens of the documents that are asked about")
-    parser.add_argument("--questions", type=int, default=16, help="per task; four documents share them")
+    parser.add_argument("--questions", type=int, default=16, help="per task, about four documents; 0: lengths only")
     parser.add_argument("--contexts", default="128K,512K,1M", help="with commas; none: agreement only")
     parser.add_argument("--windows", type=int, default=2)
     parser.add_argument("--dtype", default="bfloat16", help="of the long contexts")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     started, device = common.machine(), torch.device(args.device)
-    compared = agreement(device, parse_tokens(args.agreement_context), args.questions, VARIANTS)
+    tokens = parse_tokens(args.agreement_context)
+    compared = agreement(device, tokens, args.questions, VARIANTS) if args.questions else []
     contexts = [] if args.contexts == "none" else [parse_tokens(text) for text in args.contexts.split(",")]
     result = {
         "device": str(device),
         "agreement": {
-            "context": parse_tokens(args.agreement_context), "questions_per_task": args.questions,
+            "context": tokens, "questions_per_task": args.questions,
             "least_agreement": LEAST_AGREEMENT, "most_divergence": MOST_DIVERGENCE, "rows": compared,
         },
         "lengths": {"dtype": args.dtype, "windows": args.windows, "rows": lengths(

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from flashmem.kernels.kv_codec import KVFormatSpec, PlanarForm, encode_rows
+from flashmem.kernels.kv_codec import KVFormatSpec, PlanarForm, encode_rows, put_planar
 from flashmem.kernels.paged import PagedRows, interleaved_form
 from flashmem.kernels.sparse_attention import EntrySource, attend, attend_rows
 from flashmem.kernels.sparse_attention.fused import Tiles, attend_rows_fused
@@ -97,6 +97,52 @@ def test_it_is_attention_over_gathered_entries(triton_device: torch.device) -> N
     sets = [source.key_set(torch.float32) for source in sources]
     found = attend_rows(q, sources, sinks, scale, impl="fused")
     torch.testing.assert_close(found, attend(q, sets, sinks, scale), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("scale_code", [0, 1, 100, 127, 200, 246], ids=str)  # 247 * 448 is beyond float32
+def test_every_code_at_every_scale(scale_code: int, triton_device: torch.device) -> None:
+    """One entry and no sink: the result is the entry as the codec decodes it, bit for bit, subnormals too."""
+    spec = KVFormatSpec("fp8", 256, 16)  # rotary channels beside plain ones in the last block
+    rows = encode_rows(spec, draw(2, 256))
+    codes = torch.arange(256, dtype=torch.uint8)
+    codes[(codes & 0x7F) == 0x7F] = 0  # NaN, which would be in every channel of the result
+    rows[:, :240] = torch.stack((codes[:240], codes.roll(-16)[:240]))
+    rows[:, 272:276] = scale_code
+    form = spec.planar(1)
+    source = EntrySource(
+        PagedRows(form, [[padded(row, form.page_bytes).to(triton_device) for row in rows]], [1, 1]), spec
+    )
+    q, sinks = torch.zeros(2, 16, 256, device=triton_device), torch.full((16,), -1e30, device=triton_device)
+    expected = source.key_set(torch.float32)[0].expand(-1, 16, -1)
+    for tiles in (Tiles(16, 16, 1, warps=4), Tiles(16, 16, 1, warps=4, stages=3)):
+        assert attend_rows_fused(q, [source], sinks, 1.0, tiles).eq(expected).all()
+
+
+def padded(row: torch.Tensor, size: int) -> torch.Tensor:
+    return torch.nn.functional.pad(row, (0, size - len(row)))[None]
+
+
+def test_nan_of_a_picked_entry_is_seen(triton_device: torch.device) -> None:
+    if triton_device.type == "cpu":
+        pytest.skip("Triton's interpreter reads the e4m3 code of NaN as 480")
+    spec = KVFormatSpec("fp8", 64, 8)
+    kv = draw(4, 64)
+    kv[2, 5] = float("nan")
+    form = spec.planar(4)
+    region = torch.full((1, form.page_bytes), POISON, dtype=torch.uint8)
+    put_planar(form, region, torch.zeros(4, dtype=torch.int64), torch.arange(4), encode_rows(spec, kv))
+    picked = torch.tensor([[2, 1, -1], [3, 1, -1]], device=triton_device)
+    source = EntrySource(PagedRows(form, [[region.to(triton_device)]], [4, 4]), spec, picked)
+    found = attend_rows(draw(2, 4, 64).to(triton_device), [source], draw(4).to(triton_device), 0.1, impl="fused")
+    assert found[0].isnan().all() and found[1].isfinite().all()
+
+
+@pytest.mark.parametrize("shares", [2, 4, 7])
+def test_shares_cut_anywhere(shares: int, triton_device: torch.device) -> None:
+    """Shares that end within a source, between two, or hold nothing; with more blocks than are on their way at once."""
+    q, sources, sinks, scale = case("fp8", 64, 8, 4, triton_device, k=50)
+    found = attend_rows_fused(q, sources, sinks, scale, Tiles(16, 16, shares, warps=4, stages=3))
+    torch.testing.assert_close(found, attend_rows(q, sources, sinks, scale), rtol=1e-5, atol=1e-5)
 
 
 def test_a_session_without_entries_gives_zeros(triton_device: torch.device) -> None:

@@ -37,7 +37,7 @@ Precision = Literal["fp8", "fp8x2", "fp16", "bf16", "fp32"]
 are exact in every one but `fp8` and `fp8x2`, which need e4m3 keys."""
 
 MOST_HEADS = 256
-QUERY_HEADS = 4
+QUERY_HEADS = 2
 """Heads of a query that one program of one warp prepares: no channel of a head is in another warp."""
 ACCUMULATORS = 128 * 128
 """Products that one program of four warps holds: 128 registers a thread."""
