@@ -124,14 +124,15 @@ def _logits(session: Session) -> torch.Tensor:
     return session.next_logits
 
 
-def agreement(device: torch.device, tokens: int, questions: int, variants: Sequence[Variant]) -> list[dict[str, Any]]:
+def agreement(
+    device: torch.device, tokens: int, questions: int, variants: Sequence[Variant]
+) -> Iterator[dict[str, Any]]:
     """A row per variant; `passed` says whether its bounds hold."""
     suite = make(SUITE, lengths=[tokens], n=questions, tasks=TASKS, per_document=max(1, questions // 4))
     asked = [(d, items) for d in suite.documents if (items := [item for item in suite.items if item.document == d.id])]
     reference = load(settings(device, fused=False), device, "float32")
     truth = [list(follow(reference, *pair)) for pair in asked]
     reference.close()
-    rows = []
     for variant in variants:
         engine = load(settings(device, fused=variant.fused, kv_format=variant.kv_format), device, variant.dtype)
         equal: list[np.ndarray[Any, Any]] = []  # by document, of every token of every answer
@@ -144,11 +145,8 @@ def agreement(device: torch.device, tokens: int, questions: int, variants: Seque
         engine.close()
         del engine
         report.release(device)
-        rows.append({"variant": variant.name, "kernels": kernels, "cuda_graphs": graphs} | _row(
-            variant, equal, divergence
-        ))  # fmt: skip
-        report.log(" ".join(f"{name}={value}" for name, value in rows[-1].items()))
-    return rows
+        about = {"variant": variant.name, "kernels": kernels, "cuda_graphs": graphs}
+        yield about | _row(variant, equal, divergence)
 
 
 def _compared(wanted: Batch, found: Batch) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
@@ -192,30 +190,27 @@ def _interval(by_document: Sequence[np.ndarray[Any, Any]], draws: int = 2000) ->
 
 
 @torch.no_grad()
-def lengths(device: torch.device, contexts: Sequence[int], windows: int, dtype: str) -> list[dict[str, Any]]:
-    """A row per context and mode."""
-    rows: list[dict[str, Any]] = []
+def lengths(device: torch.device, contexts: Sequence[int], windows: int, dtype: str) -> Iterator[dict[str, Any]]:
+    """A row per context and mode; LSA's with its ratios to full residency."""
     for context in contexts:
-        config = settings(device)
-        engine = load(config, device, dtype)
+        engine = load(settings(device), device, dtype)
         draw = torch.Generator().manual_seed(context)
         ids = torch.randint(engine.geometry.vocab_size, (context - ROOM,), generator=draw).tolist()
         with engine.session() as session:
             seconds = report.timed(lambda session=session, ids=ids: session.append(ids), report.synchronizer(device))
             snapshot = session.snapshot()
-        for mode in ("full", "lsa"):
-            with engine.resume(snapshot, policy=AllPages() if mode == "full" else None) as session:
-                row = {"context": context, "tokens": len(ids), "mode": mode, "read_seconds": round(seconds, 3)}
-                row["read_tokens_per_second"] = round(len(ids) / seconds, 1)
-                rows.append(row | _decoded(engine, session, windows, device))
-                report.log(" ".join(f"{name}={value}" for name, value in rows[-1].items()))
+        about = {"context": context, "tokens": len(ids), "read_seconds": round(seconds, 3)}
+        about["read_tokens_per_second"] = round(len(ids) / seconds, 1)
+        with engine.resume(snapshot, policy=AllPages()) as session:
+            full = _decoded(engine, session, windows, device)
+        yield about | {"mode": "full"} | full
+        with engine.resume(snapshot) as session:
+            lsa = _decoded(engine, session, windows, device)
+        ratios = {name: round(lsa[name] / full[name], 4) for name in ("mean_step_ms", "device_bytes")}
+        yield about | {"mode": "lsa"} | lsa | {"ratio_to_full": ratios}
         engine.close()
         del engine, session, snapshot
         report.release(device)
-        full, lsa = rows[-2:]
-        lsa["mean_step_time_ratio"] = round(lsa["mean_step_ms"] / full["mean_step_ms"], 4)
-        lsa["device_bytes_ratio"] = round(lsa["device_bytes"] / full["device_bytes"], 4)
-    return rows
 
 
 def _decoded(engine: Engine, session: Session, windows: int, device: torch.device) -> dict[str, Any]:
@@ -251,19 +246,26 @@ def main() -> int:
     torch.set_num_threads(args.threads)
     started, device = common.machine(), torch.device(args.device)
     tokens = parse_tokens(args.agreement_context)
-    compared = agreement(device, tokens, args.questions, VARIANTS) if args.questions else []
     contexts = [] if args.contexts == "none" else [parse_tokens(text) for text in args.contexts.split(",")]
-    result = {
+    compared: list[dict[str, Any]] = []
+    measured: list[dict[str, Any]] = []
+    bounds = {"least_agreement": LEAST_AGREEMENT, "most_divergence": MOST_DIVERGENCE}
+    result: dict[str, Any] = {
+        "complete": False,
         "device": str(device),
-        "agreement": {
-            "context": tokens, "questions_per_task": args.questions,
-            "least_agreement": LEAST_AGREEMENT, "most_divergence": MOST_DIVERGENCE, "rows": compared,
-        },
-        "lengths": {"dtype": args.dtype, "windows": args.windows, "rows": lengths(
-            device, contexts, args.windows, args.dtype
-        )},
-    }  # fmt: skip
-    common.write_result(args.out, "shipped_decode", result, started)
+        "agreement": {"context": tokens, "questions_per_task": args.questions, **bounds, "rows": compared},
+        "lengths": {"dtype": args.dtype, "windows": args.windows, "rows": measured},
+    }
+    parts = (
+        (compared, agreement(device, tokens, args.questions, VARIANTS) if args.questions else ()),
+        (measured, lengths(device, contexts, args.windows, args.dtype)),
+    )
+    for rows, made in parts:
+        for row in made:
+            rows.append(row)
+            report.log(" ".join(f"{name}={value}" for name, value in row.items()))
+            common.write_result(args.out, "shipped_decode", result, started)
+    common.write_result(args.out, "shipped_decode", result | {"complete": True}, started)
     return 0 if all(row["passed"] for row in compared) else 1
 
 

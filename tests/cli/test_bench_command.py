@@ -9,6 +9,8 @@ import pytest
 
 from bench.bench_cases import small_config
 from cli.conftest import Run
+from flashmem.bench import decode as bench_decode
+from flashmem.policy import AllPages
 
 SMALL = ("--page-chunks", "4", "--device", "cpu")
 
@@ -35,6 +37,24 @@ def test_skeletons_run_small(run: Run, tmp_path: Path, command: str) -> None:
     values = json.loads(run(*words, "--json").stdout)
     assert {row["mode"] for row in values["rows"]} == {"full", "lsa"}
     assert values["model"]["experts_of_the_real_model"] == 8 and values["memory"]["weight_bytes"] > 0
+
+
+def test_what_is_measured_is_saved_before_the_end(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that is cut off leaves the rows that it had, and says that it is not complete."""
+    measured = bench_decode.measure
+
+    def cut_off(engine: Any, *arguments: Any) -> dict[str, Any]:
+        if engine.config.policy != AllPages():
+            raise KeyboardInterrupt
+        return measured(engine, *arguments)
+
+    monkeypatch.setattr(bench_decode, "measure", cut_off)
+    words = ["bench", "capacity", "--model", small_config(tmp_path), "--experts", "2", "--context", "512"]
+    words += ["--tau", "4", "--dtype", "float32", "--kv-budget", "3MB", "--max-sessions", "1", *SMALL]
+    assert run(*words, "--out", tmp_path / "out.json").exit_code
+    saved = json.loads((tmp_path / "out.json").read_text())
+    assert saved["complete"] is False and [row["mode"] for row in saved["rows"]] == ["full"]
+    assert saved["rows"][0]["tokens_per_second"] > 0 and saved["memory"]
 
 
 def test_a_profile_shows_the_parts_of_a_step(run: Run, tmp_path: Path) -> None:

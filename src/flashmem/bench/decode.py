@@ -28,6 +28,7 @@ def run_decode(
     windows: int,
     device_budget_bytes: int,
     host_budget_bytes: int,
+    on_row: report.OnRow = report.unheard,
 ) -> list[dict[str, Any]]:
     """Step times per context, mode and batch size; a batch that the budgets do not hold is a row that says so."""
     model, rows = skeleton.model(), []
@@ -37,7 +38,7 @@ def run_decode(
             memory = skeleton.session_memory(mode, context, steps)
             fit = memory.sessions(device_budget_bytes, host_budget_bytes)
             wanted, too_many = split_batches(mode, context, batches, fit)
-            rows += [*_measured(skeleton, model, mode, context, memory, wanted, windows), *too_many]
+            rows += [*_measured(skeleton, model, mode, context, memory, wanted, windows, on_row), *too_many]
     _compare(rows)
     return rows
 
@@ -86,6 +87,7 @@ def run_capacity(
     max_sessions: int,
     device_budget_bytes: int,
     host_budget_bytes: int,
+    on_row: report.OnRow = report.unheard,
 ) -> list[dict[str, Any]]:
     """Per context: the sessions of each mode that fit, all of them decoding, and LSA over full residency."""
     model, rows = skeleton.model(), []
@@ -97,7 +99,7 @@ def run_capacity(
             opened = min(fit, max_sessions)
             row: dict[str, Any] = {"context": context, "mode": mode, "batch": 0, "failed": "no session fits"}
             if opened:
-                (row,) = _measured(skeleton, model, mode, context, memory, [opened], windows)
+                (row,) = _measured(skeleton, model, mode, context, memory, [opened], windows, on_row)
             found[mode] = row | {
                 "sessions_fit": fit,
                 "all_opened": opened == fit,
@@ -128,6 +130,7 @@ def _measured(
     memory: SessionMemory,
     batches: Sequence[int],
     windows: int,
+    on_row: report.OnRow,
 ) -> list[dict[str, Any]]:
     """Rows of growing batches in one engine; running out of device memory is a row, and ends the batches."""
     if not batches:
@@ -144,6 +147,7 @@ def _measured(
             except torch.OutOfMemoryError:
                 row["failed"] = "out of device memory in a step"
                 break
+            on_row(row)
             report.log(f"{mode}: batch {batch}, {row['tokens_per_second']:.1f} tokens/s")
 
     run_on_engine(skeleton, model, mode, context, batches[-1], memory, run)

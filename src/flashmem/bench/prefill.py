@@ -44,12 +44,14 @@ class _Prefill:
     name: str
     run: Callable[[list[int]], torch.Tensor]
     """Float32 logits [V] of the last token."""
+    on_row: report.OnRow
     rows: list[dict[str, Any]] = field(default_factory=list)
 
 
 def run(
-    model: Any, *, config: LSAConfig, indexer: Any, first: int, lengths: Sequence[int], limits: Limits
-) -> dict[str, Any]:
+    model: Any, *, config: LSAConfig, indexer: Any, first: int, lengths: Sequence[int], limits: Limits,
+    on_row: report.OnRow = report.unheard,
+) -> dict[str, Any]:  # fmt: skip
     """Rows of all paths, and ours over the stock ones at their longest lengths; raises AssertionError for wrong logits.
 
     `lengths` are what our path is measured at beside the longest lengths of the stock ones.
@@ -58,10 +60,10 @@ def run(
     vocabulary = model.config.vocab_size
     ids = torch.randint(vocabulary, (max(first, *lengths, 2),), generator=torch.Generator().manual_seed(1)).tolist()
     stock = [
-        _Prefill(WHOLE, lambda ids: _whole(model, ids)),
-        _Prefill(PIECES, lambda ids: _in_pieces(model, ids, config.prefill_chunk)),
+        _Prefill(WHOLE, lambda ids: _whole(model, ids), on_row),
+        _Prefill(PIECES, lambda ids: _in_pieces(model, ids, config.prefill_chunk), on_row),
     ]
-    ours = _Prefill(OURS, lambda ids: _ours(model, indexer, config, ids, limits.our_seconds))
+    ours = _Prefill(OURS, lambda ids: _ours(model, indexer, config, ids, limits.our_seconds), on_row)
     found = {PIECES: stock[1].run(ids[:first]), OURS: _ours(model, indexer, config, ids[:first], math.inf)}
     wanted = stock[0].run(ids[:first])
     errors = {name: _error(logits, wanted) for name, logits in found.items()}
@@ -116,6 +118,7 @@ def _measure(path: _Prefill, ids: list[int], tokens: int, device: torch.device) 
         row["peak_bytes"] = peak.above()
     report.release(device)
     report.log(" ".join(f"{name}={value}" for name, value in row.items()))
+    path.on_row(row)
     return row
 
 

@@ -257,6 +257,7 @@ def run_profile(
     windows: int,
     device_budget_bytes: int,
     host_budget_bytes: int,
+    on_row: report.OnRow = report.unheard,
 ) -> list[dict[str, Any]]:
     """One row per mode and batch; a batch that the budgets do not hold is a row that says so."""
     model, rows = skeleton.model(), list[dict[str, Any]]()
@@ -266,19 +267,21 @@ def run_profile(
         wanted, too_many = split_batches(mode, context, batches, fit)
         rows += too_many
         if wanted:
-            run = partial(_profile_batches, rows, mode, wanted, context, windows)
+            run = partial(_profile_batches, rows, mode, wanted, context, windows, on_row)
             run_on_engine(skeleton, model, mode, context, wanted[-1], memory, run)
     return rows
 
 
 def _profile_batches(
-    rows: list[dict[str, Any]], mode: Mode, batches: Sequence[int], context: int, windows: int, engine: Engine
-) -> None:
+    rows: list[dict[str, Any]], mode: Mode, batches: Sequence[int], context: int, windows: int, on_row: report.OnRow,
+    engine: Engine,
+) -> None:  # fmt: skip
     for batch in batches:
         fill_sessions(engine, mode, batch, context)
         row = {"context": context, "mode": mode, "batch": batch, **profile(engine, engine.sessions, windows)}
         report.log(f"{mode}: batch {batch}, {row['step_ms']:.2f} ms a step")
         rows.append(row)
+        on_row(row)
 
 
 def steps_of_all(skeleton: Skeleton, batches: Sequence[int], windows: int) -> int:

@@ -100,6 +100,14 @@ def write_result(
     log(f"wrote {path.name}")
 
 
+OnRow = Callable[[dict[str, Any]], None]
+"""Told each row as soon as it is measured, before rows are compared: what is cut off must lose nothing."""
+
+
+def unheard(row: dict[str, Any]) -> None:
+    """For those who wait for the end."""
+
+
 def log(*words: object) -> None:
     print(*words, file=sys.stderr, flush=True)
 

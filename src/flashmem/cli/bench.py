@@ -104,7 +104,7 @@ def kernels(
             check(name)
         result = _run(
             "gpu_kernels", out, json,
-            lambda: fused.run(
+            lambda _: fused.run(
                 directory, seconds=seconds, jobs=jobs, parts=names, peers=peer or (), program="flashmem"
             ),
             fused.lines,
@@ -120,7 +120,7 @@ def kernels(
     peers = _peers(peer)
     _run(
         "kernels", out, json,
-        lambda: {"peers": peers, "rows": definitions.run(device=where, chunks=sizes, rounds=rounds)},
+        lambda _: {"peers": peers, "rows": definitions.run(device=where, chunks=sizes, rounds=rounds)},
         lambda result: [
             _table(
                 "definitions (no fused kernels on this device)", result["rows"],
@@ -166,7 +166,7 @@ def swap(
     )  # fmt: skip
     peers = _peers(peer)
     _run(
-        "swap", out, json, lambda: {"peers": peers, **bench.run(case, device=where, churns=churns, rounds=rounds)},
+        "swap", out, json, lambda _: {"peers": peers, **bench.run(case, device=where, churns=churns, rounds=rounds)},
         lambda result: [
             _table(
                 f"{result['resident_pages']:,} of {result['pages']:,} pages of {result['record_bytes']:,} bytes on the "
@@ -206,13 +206,12 @@ def decode(
 
     contexts, batches = _sizes(context), _sizes(batch)
 
-    def measured() -> dict[str, Any]:
-        rows = bench.run_decode(made, contexts=contexts, batches=batches, windows=windows, **budgets)
-        return {
-            "peers": _peers(peer),
-            **_about(made, contexts, budgets, (windows + 1) * made.tau * len(batches)),
-            "rows": rows,
-        }
+    def measured(save: Save) -> dict[str, Any]:
+        about = {"peers": _peers(peer), **_about(made, contexts, budgets, (windows + 1) * made.tau * len(batches))}
+        rows = bench.run_decode(
+            made, contexts=contexts, batches=batches, windows=windows, **budgets, on_row=_rows(save, about)
+        )
+        return {**about, "rows": rows}
 
     _run("decode", out, json, measured, lambda result: [_steps_table(result)])
 
@@ -241,11 +240,12 @@ def profile(
     if unknown := sorted(set(modes.split(",")) - set(MODES)):
         raise ValueError(f"modes are {' and '.join(MODES)}, got {unknown[0]!r}")
 
-    def measured() -> dict[str, Any]:
+    def measured(save: Save) -> dict[str, Any]:
+        about = _about(made, [tokens], budgets, bench.steps_of_all(made, batches, windows))
         rows = bench.run_profile(
-            made, context=tokens, modes=chosen, batches=batches, windows=windows, **budgets
-        )  # fmt: skip
-        return {**_about(made, [tokens], budgets, bench.steps_of_all(made, batches, windows)), "rows": rows}
+            made, context=tokens, modes=chosen, batches=batches, windows=windows, **budgets, on_row=_rows(save, about)
+        )
+        return {**about, "rows": rows}
 
     _run("profile", out, json, measured, lambda result: [_profile_table(result)])
 
@@ -270,11 +270,13 @@ def capacity(
     contexts = _sizes(context)
     about = {"peers": _peers(peer), **_about(made, contexts, budgets, (windows + 1) * made.tau)}
     if plan:
-        _run("capacity_plan", out, json, lambda: about, lambda result: [_plan_table(result)])
+        _run("capacity_plan", out, json, lambda _: about, lambda result: [_plan_table(result)])
         return
 
-    def measured() -> dict[str, Any]:
-        rows = bench.run_capacity(made, contexts=contexts, windows=windows, max_sessions=max_sessions, **budgets)
+    def measured(save: Save) -> dict[str, Any]:
+        rows = bench.run_capacity(
+            made, contexts=contexts, windows=windows, max_sessions=max_sessions, **budgets, on_row=_rows(save, about)
+        )
         return {**about, "rows": rows}
 
     _run("capacity", out, json, measured, lambda result: [_plan_table(result), _capacity_table(result)])
@@ -326,7 +328,9 @@ def prefill(
     )
     _run(
         "prefill_stock", out, json,
-        lambda: bench.run(loaded, config=config, indexer=indexer, first=start, lengths=lengths, limits=limits),
+        lambda save: bench.run(
+            loaded, config=config, indexer=indexer, first=start, lengths=lengths, limits=limits, on_row=_rows(save, {})
+        ),
         lambda result: [_prefill_table(result), _ratio_table(result)],
     )  # fmt: skip
 
@@ -446,18 +450,38 @@ def _peers(names: Sequence[str] | None) -> dict[str, str]:
 # ---- results
 
 
+Save = Callable[[dict[str, Any]], None]
+"""Takes what is measured so far."""
+
+
+def _rows(save: Save, about: Mapping[str, Any]) -> Callable[[dict[str, Any]], None]:
+    """Save each row behind those before it."""
+    rows: list[dict[str, Any]] = []
+
+    def add(row: dict[str, Any]) -> None:
+        rows.append(row)
+        save({**about, "rows": rows})
+
+    return add
+
+
 def _run(
     name: str,
     out: Path | None,
     json: bool,
-    measure: Callable[[], dict[str, Any]],
+    measure: Callable[[Save], dict[str, Any]],
     tables: Callable[[dict[str, Any]], Iterable[Table | str]],
 ) -> dict[str, Any]:
-    """Measure, print and save."""
+    """Measure, print and save; until it is all there, what is there is saved with every row."""
     from ..bench import report
 
     started = report.machine()
-    result = measure()
+
+    def save(begun: dict[str, Any]) -> None:
+        if out is not None:
+            report.write_result(out, name, {"complete": False, **begun}, started, program="flashmem")
+
+    result = {"complete": True, **measure(save)}
     if json:
         answer_json(result)
     else:
