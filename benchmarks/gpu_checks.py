@@ -500,7 +500,6 @@ KERNEL_TESTS = (
     "attend_fused.py::test_all_entries_of_each_session",
     "encode_fused.py::test_index_rows_are_the_same_bytes",
     "encode_fused.py::test_fp8_entries_are_the_same_bytes",
-    "encode_fused.py::test_windows_pool_as_defined",
     "finish_queries.py::test_level_2_takes_projections",
     "norm_rope.py::test_norms_and_rotations",
     "pool_in_place.py::test_it_pools_as_defined",
@@ -511,6 +510,7 @@ KERNEL_TESTS = (
     "score_fused.py::test_page_reductions",
     "select_pages.py::test_it_selects_what_the_budget_policy_selects",
     "topk_fused.py::test_level_2_reads_pages_in_place",
+    "topk_ranks.py::test_a_row_that_is_cut_twice",
 )
 """Every kernel at least once, and few cases: each is compiled anew and then runs many times slower."""
 PROGRESS = r"\s*\d+\.\d\d s  |tests/.*PASSED"

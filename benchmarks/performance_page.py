@@ -1,4 +1,5 @@
-"""Write docs/performance.md from the results of `flashmem bench`: JSON files, whichever are there.
+"""Write docs/performance.md from the results of `flashmem bench`: JSON files, whichever are there, the rows of
+`flashmem bench kernels` (JSON lines), and what runs that were cut off had printed (`interrupted/*.log`).
 
 python -m benchmarks.performance_page results benchmarks/results
 """
@@ -35,17 +36,35 @@ def main() -> None:
 
 def page(folders: Sequence[Path]) -> str:
     """The whole page; a section for every result file, in the order of names."""
-    sections = [section for path in _files(folders) for section in _section(path)]
-    return "\n".join([HEAD, *(sections or [NOTHING])])
+    sections = [section for path in _files(folders, "*.json*") for section in _section(path)]
+    return "\n".join([HEAD, *(sections or [NOTHING]), *_cut_off(folders)])
 
 
-def _files(folders: Sequence[Path]) -> list[Path]:
-    return sorted((path for folder in folders for path in folder.glob("*.json")), key=lambda path: path.name)
+def _files(folders: Sequence[Path], pattern: str) -> list[Path]:
+    return sorted((path for folder in folders for path in folder.glob(pattern)), key=lambda path: path.name)
+
+
+def _read(path: Path) -> Any:
+    if path.suffix == ".json":
+        return json.loads(path.read_text(encoding="utf-8"))
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return {"bench": "gpu_kernels", "command": rows[0].get("command"), "machine": rows[0], "rows": rows}
+
+
+def _cut_off(folders: Sequence[Path]) -> Iterator[str]:
+    """The measurements among what was printed; the folder's README says what ran where."""
+    logs = _files(folders, "interrupted/*.log")
+    if logs:
+        yield "## Runs that were cut off\n"
+        yield "Lines that their programs printed. Commands, commit and machine: `results/interrupted/README.md`.\n"
+    for path in logs:
+        measured = [line for line in path.read_text(encoding="utf-8").splitlines() if "tokens/s" in line or "=" in line]
+        yield f"{path.stem}:\n\n```text\n" + "\n".join(measured) + "\n```\n"
 
 
 def _section(path: Path) -> Iterator[str]:
     """Nothing for a file of another program."""
-    result = json.loads(path.read_text(encoding="utf-8"))
+    result = _read(path)
     if not isinstance(result, dict) or not str(result.get("command", "")).startswith("flashmem bench"):
         return
     if (tables := TABLES.get(str(result.get("bench")))) is None:
