@@ -69,14 +69,19 @@ class LSADecoderLayer(stock.DeepseekV4DecoderLayer):
         cache = kwargs.get("cache", kwargs.get("past_key_values"))
         if not isinstance(getattr(cache, "step", None), FusedStep):
             return super().forward(hidden_states, input_ids, **kwargs)
-        streams_BNE = hidden_states[:, 0]  # of one token each
+        with torch.cuda.device_of(hidden_states):  # Triton launches on the current device, wherever its tensors are
+            return self._one_token(hidden_states, input_ids, **kwargs)
+
+    def _one_token(self, hidden_states: torch.Tensor, input_ids: torch.Tensor | None, **kwargs: Any) -> torch.Tensor:
+        streams_BNE = hidden_states[:, 0]
         post, comb, normed_BE = collapse(streams_BNE, _connection(self.attn_hc, self.input_layernorm), impl="fused")
         out, _ = self.self_attn(normed_BE[:, None], **kwargs)
         streams_BNE = spread(out[:, 0], post, comb, streams_BNE, impl="fused")
         connection = _connection(self.ffn_hc, self.post_attention_layernorm)
         post, comb, normed_BE = collapse(streams_BNE, connection, impl="fused")
         out = self.mlp(normed_BE[:, None], input_ids=input_ids)
-        return spread(out[:, 0], post, comb, streams_BNE, impl="fused")[:, None]
+        streams_BNE = spread(out[:, 0], post, comb, streams_BNE, impl="fused")
+        return streams_BNE[:, None]
 
 
 def _connection(module: Any, norm: Any) -> Connection:

@@ -130,7 +130,8 @@ class MemoryIndexer(nn.Module):
         batched = {csa: states_mE.unsqueeze(0) for csa, states_mE in hidden.items()}
         q, w, rows = self._in_place(batched, {csa: [x] for csa, x in keys.items()}, positions.unsqueeze(0))
         merge, precision = ensemble or self._config.ensemble, self._precision
-        logits_N = score_history(q, w, rows, merge=merge, precision=precision, impl="fused")[0]
+        with torch.cuda.device_of(q):  # Triton launches on the current device
+            logits_N = score_history(q, w, rows, merge=merge, precision=precision, impl="fused")[0]
         return logits_N + self._offset(len(logits_N), logits_N.device)
 
     def page_scores_in_place(
@@ -151,10 +152,11 @@ class MemoryIndexer(nn.Module):
         """
         self._check_layers(hidden, keys)
         q, w, rows = self._in_place(hidden, keys, positions)
-        pages = score_pages(
-            q, w, rows, page_chunks=page_chunks, temperature=temperature, threshold=0.0,
-            merge=ensemble or self._config.ensemble, precision=self._precision, impl="fused",
-        )  # fmt: skip
+        with torch.cuda.device_of(q):  # Triton launches on the current device
+            pages = score_pages(
+                q, w, rows, page_chunks=page_chunks, temperature=temperature, threshold=0.0,
+                merge=ensemble or self._config.ensemble, precision=self._precision, impl="fused",
+            )  # fmt: skip
         counts = [len(x) for x in keys[self.target_layers[0]]]
         offsets = {count: self._offset(count, pages.score.device) for count in counts}
         offset_B1 = torch.stack([offsets[count] for count in counts])[:, None]

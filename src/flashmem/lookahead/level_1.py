@@ -101,10 +101,11 @@ def select_group(
     none = float("inf")  # no page is above it
     threshold_B = to_device(torch.tensor([none if x.threshold is None else x.threshold for x in limits]), device)
     above_BP = (best_BP > threshold_B[:, None]).int()
-    picks = select_pages(
-        scores_BP, pages_B, least_B, most_B, sink=config.sink_pages, recency=config.recency_pages,
-        above_BP=above_BP if limits[0].above_first else None, impl="fused",
-    )  # fmt: skip
+    with torch.cuda.device_of(scores_BP):  # Triton launches on the current device
+        picks = select_pages(
+            scores_BP, pages_B, least_B, most_B, sink=config.sink_pages, recency=config.recency_pages,
+            above_BP=above_BP if limits[0].above_first else None, impl="fused",
+        )  # fmt: skip
     above_B = picks.above_B
     if not limits[0].above_first:
         page_P = torch.arange(scores_BP.shape[1], device=device)
