@@ -85,7 +85,10 @@ class Stock:
     def logits(self, ids: list[int], allowed: torch.Tensor | None = None) -> torch.Tensor:
         """Float32 logits [S, V]."""
         self.allowed = allowed
-        return self.model(torch.tensor([ids]), use_cache=False).logits[0]
+        try:
+            return self.model(torch.tensor([ids]), use_cache=False).logits[0]
+        finally:
+            self.allowed = None  # tests share this model, in any order, and call it themselves
 
     def _mask_scores(self, indexer: Any) -> None:
         masked: list[torch.Tensor] = []
