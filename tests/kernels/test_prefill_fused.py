@@ -76,9 +76,7 @@ def test_index_rows_and_unfinished_queries(triton_device: torch.device) -> None:
     queries, heads, dim = 9, 5, 16
     q, w, keys = draw(queries, heads, dim), draw(queries, heads, seed=1), 5 * draw(50, dim, seed=2)
     angles = draw(1, queries, 4, seed=3)
-    q, w, cos, sin, rows = (
-        x.to(triton_device) for x in (q, w, angles.cos(), angles.sin(), encode_index_rows(keys))
-    )
+    q, w, cos, sin, rows = (x.to(triton_device) for x in (q, w, angles.cos(), angles.sin(), encode_index_rows(keys)))
     finish, visible = QueryFinish((cos, sin), hadamard=True, weight_scale=0.3), torch.arange(42, 51, device=q.device)
     found, wanted = (
         topk_history(q, w, visible, cut(rows, 20, 30), 7, finish=finish, precision="fp32", impl=impl)
@@ -153,7 +151,8 @@ def test_picked_entries(kv_format: str, bytes_per_query: int, triton_device: tor
     picks[picks > 20] = -1
     picks[4] = -1
     wanted = attend_prefill(
-        **case, entries=lambda lo, hi: (one[picks[lo:hi].clamp_min(0)], picks[lo:hi] >= 0)  # type: ignore[arg-type]
+        **case,
+        entries=lambda lo, hi: (one[picks[lo:hi].clamp_min(0)], picks[lo:hi] >= 0),  # type: ignore[arg-type]
     )
     found = attend_prefill_rows(
         **case, entries=lambda lo, hi: EntrySource(rows.shared_by(hi - lo), spec, picks[lo:hi]),  # type: ignore[arg-type]
@@ -164,5 +163,5 @@ def test_picked_entries(kv_format: str, bytes_per_query: int, triton_device: tor
 
 def test_a_window_that_does_not_fit_is_refused(triton_device: torch.device) -> None:
     case = attention(5, 3, triton_device)
-    with pytest.raises(ValueError, match="need 6 tokens before them in torch.float32, got 5"):
+    with pytest.raises(ValueError, match=r"need 6 tokens before them in torch\.float32, got 5"):
         attend_prefill_rows(**case | {"first_query": 6})  # type: ignore[arg-type]

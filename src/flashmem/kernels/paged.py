@@ -91,15 +91,16 @@ class PagedRows:
         return rows
 
     def shared_by(self, batch: int, counts_B: torch.Tensor | None = None) -> PagedRows:
-        """The rows of one session, without a table, for each of `batch` others; `read` does not work.
+        """The rows of one session, without a table, for each of `batch` others.
 
-        counts_B (int32, on the device) may let each see fewer.
+        counts_B (int32, on the device) may let each see fewer; it is not checked.
         """
         if self.batch != 1 or self.numbers_BP is not None:
             raise ValueError(f"rows of one session without a page table can be shared, got {self.batch} sessions")
         counts_B = self.counts_B.expand(batch).contiguous() if counts_B is None else counts_B
         rows = PagedRows.at(self.form, self.addresses_LB.expand(-1, batch).contiguous(), counts_B, self.max_rows)
         rows.page_stride, rows.alignment = self.page_stride, self.alignment
+        rows.regions = tuple(layer * batch for layer in self.regions)
         return rows
 
     @property

@@ -78,7 +78,8 @@ def topk_history_fused(
         step = min(MOST_QUERIES, max(1, RANK_BYTES // (4 * max(1, len(keys)))))
         for lo in range(0, queries, step):
             at = slice(lo, lo + step)
-            best.add(at, first, score_queries(*(x[:, at] for x in prepared), keys, seen_S[at]))
+            q, w = (x[:, at] for x in prepared)
+            best.add(at, first, score_queries(q, w, keys, seen_S[at]))
     return best.ids_SK
 
 

@@ -1,7 +1,7 @@
 """Attention over a sliding window and compressed entries with per-head sinks, K and V being one tensor.
 
-`attend` and `attend_prefill` take entries as tensors; `attend_rows` and `attend_prefill_rows` read records in place. The
-fused version (Triton) is chosen with impl="fused" only: no default changes before it is measured on a device.
+`attend` and `attend_prefill` take entries as tensors; `attend_rows` and `attend_prefill_rows` read records in place.
+The fused version (Triton) is chosen with impl="fused" only: no default changes before it is measured on a device.
 Shape letters: B = queries (sessions of a decode batch, or queries of one session), S = queries of a prefill, H = heads,
 D = head_dim, N = entries, K = picks.
 """
@@ -155,7 +155,7 @@ def attend_prefill_rows(
     entries: Callable[[int, int], EntrySource] | None = None,
     bytes_per_query: int = 0,
 ) -> torch.Tensor:
-    """`attend_prefill` on the fused kernel: every query is a session of its own, whose window is a piece of `window_kv`.
+    """`attend_prefill` on the fused kernel: every query is a session whose window is a piece of `window_kv`.
 
     `entries(lo, hi)` gives the compressed entries of queries lo..hi-1; `bytes_per_query` is what it may have to gather
     for each, 0 if they lie on the device. `window_kv` is bf16 or fp32, as q.
