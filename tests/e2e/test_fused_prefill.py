@@ -39,7 +39,7 @@ def same(sessions: tuple[Session, ...]) -> None:
     ("layers", "options", "tile"),
     [
         ("CH", {"policy": "all"}, 5),
-        ("C", {"kv_format": "fp8"}, 65_536),
+        pytest.param("C", {"kv_format": "fp8"}, 65_536, marks=pytest.mark.slow),
         pytest.param("CHWC", {"kv_format": "fp8"}, 5, marks=pytest.mark.slow),
         pytest.param("CHWC", {}, 5, marks=pytest.mark.slow),
     ],
@@ -55,11 +55,11 @@ def test_appends(
     pair = engines(triton_device, layers, **{"policy": FixedPages()} | options)
     sessions = tuple(engine.session() for engine in pair)
     try:
-        for seed, length in enumerate((1, 3, 29, 6)):
+        for seed, length in enumerate((1, 3, 19, 6)):
             for session in sessions:
                 session.append(tokens(length, seed=seed))
             same(sessions)
-        assert len(sessions[1].pages.resident) == (3 if "policy" in options else 1)
+        assert len(sessions[1].pages.resident) == (2 if "policy" in options else 1)
     finally:
         for engine in pair:
             engine.check()
@@ -67,14 +67,14 @@ def test_appends(
 
 
 def test_a_failed_prefill_changes_nothing(triton_device: torch.device) -> None:
-    pair = engines(triton_device, policy="all", prefill_chunk=5)
+    pair = engines(triton_device, policy="all", prefill_chunk=3)
     sessions = tuple(engine.session() for engine in pair)
     for session in sessions:
-        session.append(tokens(6))
+        session.append(tokens(4))
     with failing_layer(pair[1].backbone.model, 1), pytest.raises(InjectedError):
-        sessions[1].append(tokens(5, seed=1))
+        sessions[1].append(tokens(4, seed=1))
     for session in sessions:
-        session.append(tokens(5, seed=1))
+        session.append(tokens(4, seed=1))
     same(sessions)
 
 
