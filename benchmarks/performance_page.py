@@ -130,8 +130,8 @@ def _of_prefill(result: Row) -> Iterator[str]:
     for row in result["ratios"]:
         if "seconds_ratio" in row:
             yield (
-                f"{row['path']}, at its longest {row['tokens']:,} tokens, over flashmem at the same: "
-                f"{row['seconds_ratio']:.2f} of the seconds, {row['peak_bytes_ratio']:.2f} of the peak bytes.\n"
+                f"{row['path']}, at its longest {row['tokens']:,} tokens, over {row.get('over', 'flashmem')} at the "
+                f"same: {row['seconds_ratio']:.2f} of the seconds, {row['peak_bytes_ratio']:.2f} of the peak bytes.\n"
             )
 
 

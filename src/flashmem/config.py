@@ -277,6 +277,8 @@ class LSAConfig:
     """Tokens per prefill forward."""
     kernels: Literal["reference", "fused"] = "reference"
     """What decode steps and level 1 run on: PyTorch over gathered entries, or Triton where they lie (CUDA only)."""
+    prefill_kernels: Literal["reference", "fused"] = "reference"
+    """What prefill runs level 2 and attention on; on the reference where `Engine.on_prefill_picks` is set."""
     cuda_graphs: bool = False
     """Decode by replaying captured CUDA graphs: fused kernels, all layers on one device, and best a device budget."""
     seed: int = 0
@@ -307,8 +309,9 @@ class LSAConfig:
             raise ValueError(f"ensemble must be 'max' or 'mean', got {self.ensemble!r}")
         if self.kv_format not in ("auto", "fp32", "bf16", "fp8"):
             raise ValueError(f"kv_format must be 'auto', 'fp32', 'bf16' or 'fp8', got {self.kv_format!r}")
-        if self.kernels not in ("reference", "fused"):
-            raise ValueError(f"kernels must be 'reference' or 'fused', got {self.kernels!r}")
+        for name in ("kernels", "prefill_kernels"):
+            if getattr(self, name) not in ("reference", "fused"):
+                raise ValueError(f"{name} must be 'reference' or 'fused', got {getattr(self, name)!r}")
         if self.cuda_graphs and self.kernels != "fused":
             raise ValueError("cuda_graphs needs kernels='fused'")
         for name in ("device_budget_bytes", "host_budget_bytes", "disk_budget_bytes"):
@@ -354,7 +357,7 @@ def check_sampling(*, max_new_tokens: int = 1, temperature: float = 0.0, top_p: 
 MODEL_DEFAULTS = "flashmem.json"
 _NOT_OF_A_MODEL = (
     "device_budget_bytes", "max_sessions", "host_budget_bytes", "disk_budget_bytes", "disk_path", "seed", "kernels",
-    "cuda_graphs",
+    "prefill_kernels", "cuda_graphs",
 )  # fmt: skip
 """What belongs to a machine or a run: a directory from elsewhere must not choose where we write."""
 

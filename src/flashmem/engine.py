@@ -13,7 +13,8 @@ import torch
 
 from . import accounting
 from .backbone import Backbone, StatePool, load_model
-from .backbone.fused import FusedStep, FusedSteps
+from .backbone.fused import FusedStep, FusedSteps, check_fused
+from .backbone.fused_prefill import FusedPrefillStep
 from .backbone.graphs import DecodeGraphs
 from .backbone.steps import DecodeStep, PickObserver, PrefillStep
 from .config import LSAConfig, ModelDefaults, ModelGeometry, check_sampling
@@ -91,6 +92,8 @@ class Engine:
             disk_budget_bytes=config.disk_budget_bytes,
         )  # fmt: skip
         self.fused = FusedSteps(self.states) if config.kernels == "fused" else None
+        if config.prefill_kernels == "fused":
+            check_fused(self.states, "prefill_kernels")
         self.graphs = DecodeGraphs(backbone) if config.cuda_graphs else None
         self.sessions: list[Session] = []
         self._batch: tuple[tuple[Session, ...], Any] | None = None
@@ -287,6 +290,8 @@ class Engine:
         chunks = (session.state.position + count) // self.geometry.csa_ratio - session.pages.num_chunks
         session.cycle.before_prefill_chunk()
         session.pages.reserve(chunks)
+        if self.config.prefill_kernels == "fused" and self.on_prefill_picks is None:
+            return FusedPrefillStep(session.state, session.pages, count)
         return PrefillStep(session.state, session.pages, count, self.on_prefill_picks)
 
     def _end_prefill(self, session: Session, step: PrefillStep) -> None:

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from ..config import ModelGeometry
 from ..kernels.hyper_connection import MOST_HIDDEN, MOST_STREAMS
 from ..kernels.kv_codec import KVFormatSpec, PlanarForm, encode_rows
 from ..kernels.paged import PagedRows, interleaved_form, overwrite, places
@@ -206,7 +205,7 @@ class FusedSteps:
     """Makes the fused steps of an engine, over places that are kept by their sizes."""
 
     def __init__(self, pool: StatePool) -> None:
-        check_fused(pool.geometry, pool)
+        check_fused(pool, "kernels")
         self.pool = pool
         self._places: dict[tuple[int, int], StepPlaces] = {}
         self._rows = 0  # of the pool when they were made: it grows by moving
@@ -226,16 +225,19 @@ class FusedSteps:
         return FusedStep(states, self._places[key], pages)
 
 
-def check_fused(geometry: ModelGeometry, pool: StatePool) -> None:
-    """Raise ValueError where the fused kernels cannot run a model: no Triton, no CUDA, or sizes beyond their limits."""
-    g = geometry
+def check_fused(pool: StatePool, setting: str) -> None:
+    """Raise ValueError where the fused kernels cannot run a model: no Triton, no CUDA, or sizes beyond their limits.
+
+    `setting` asks for them.
+    """
+    g, asked = pool.geometry, f"{setting}='fused'"
     try:
         from triton import knobs
     except ImportError as error:
-        raise ValueError("kernels='fused' needs the package triton") from error
+        raise ValueError(f"{asked} needs the package triton") from error
     stray = [str(device) for device in pool.device_of_layer.values() if device.type != "cuda"]
     if stray and not knobs.runtime.interpret:
-        raise ValueError(f"kernels='fused' needs all layers on CUDA devices, got one on {stray[0]}")
+        raise ValueError(f"{asked} needs all layers on CUDA devices, got one on {stray[0]}")
     for name, value, most in (
         ("index heads", g.index_heads, MOST_INDEX_HEADS),
         ("index_topk", g.index_topk, MOST_PICKS),
@@ -243,9 +245,9 @@ def check_fused(geometry: ModelGeometry, pool: StatePool) -> None:
         ("channels of a stream", g.hidden_size, MOST_HIDDEN),
     ):
         if value > most:
-            raise ValueError(f"kernels='fused' takes at most {most} {name}, the model has {value}")
+            raise ValueError(f"{asked} takes at most {most} {name}, the model has {value}")
     if g.index_head_dim & (g.index_head_dim - 1):
-        raise ValueError(f"kernels='fused' needs a power of two of index channels, the model has {g.index_head_dim}")
+        raise ValueError(f"{asked} needs a power of two of index channels, the model has {g.index_head_dim}")
 
 
 def _window_spec(pool: StatePool) -> KVFormatSpec:

@@ -40,6 +40,9 @@ class Picks:
     """Float32 [B, H, K]: attention probabilities, the sink in the denominator."""
 
 
+Entries = Callable[[int, int], Any]
+"""Gives the compressed entries of queries lo..hi-1: a `KeySet`, or an `EntrySource` in a fused step."""
+
 PickObserver = Callable[[int, Picks], None]
 """Called with (layer, picks); not for a layer in which no session of the step has a chunk."""
 
@@ -97,16 +100,14 @@ class PrefillStep:
             self._remember(layer, "hidden", hidden[0])
         window_kv, _ = self._with_past(layer, "window", kv[0], min(self.first, g.sliding_window - 1))
         kind, entries, per_query = g.layer_kinds[layer], None, 0
-        if kind == "csa":
-            entries, per_query = self._csa_entries(attention.compressor, layer, hidden, q_residual, rope)
-            if self.on_picks is not None and entries is not None:
+        if kind == "csa" and (total := self._write_chunks(attention.compressor, layer, hidden[0])):
+            entries, per_query = self._csa_entries(attention.compressor, layer, total, hidden, q_residual, rope)
+            if self.on_picks is not None:
                 self.on_picks(layer, self._observe(attention, q[0], window_kv, entries))
-        elif kind == "hca":
-            entries, per_query = self._hca_entries(attention.compressor, layer, hidden)
+        elif kind == "hca" and len(rows := self._hca_rows(attention.compressor, layer, hidden[0])):
+            entries, per_query = self._hca_entries(rows)
         self._remember(layer, "window", kv[0])
-        return attend_prefill(
-            q[0], window_kv, self.first, g.sliding_window, attention.sinks, attention.scaling, entries, per_query
-        )[None]  # fmt: skip
+        return self._attend(attention, q[0], window_kv, entries, per_query)[None]
 
     def finish(self) -> None:
         """Apply what the layers left: rings, HCA entries, position. Pages are committed by their owner."""
@@ -154,22 +155,25 @@ class PrefillStep:
             return kv.new_empty(0, module.head_dim)
         return pool_overlapping(module, windows[0], windows[1], positions)
 
-    def _csa_entries(
-        self, compressor: Any, layer: int, hidden: torch.Tensor, q_residual: torch.Tensor,
-        rope: tuple[torch.Tensor, torch.Tensor],
-    ) -> tuple[Callable[[int, int], KeySet] | None, int]:  # fmt: skip
+    def _write_chunks(self, compressor: Any, layer: int, hidden_SE: torch.Tensor) -> int:
+        """Write the chunks that these tokens complete; returns how many there are now."""
         ratio = self.pool.geometry.csa_ratio
         first_chunk, total = self.first // ratio, self.end // ratio
-        kv = self._csa_windows(compressor, layer, "", hidden[0], first_chunk, total - first_chunk)
-        keys = self._csa_windows(compressor.indexer, layer, "index_", hidden[0], first_chunk, total - first_chunk)
+        kv = self._csa_windows(compressor, layer, "", hidden_SE, first_chunk, total - first_chunk)
+        keys = self._csa_windows(compressor.indexer, layer, "index_", hidden_SE, first_chunk, total - first_chunk)
         if total > first_chunk:
             self.pages.write(layer, kv, keys)
-        if total == 0:
-            return None, 0
+        return total
+
+    def _csa_entries(
+        self, compressor: Any, layer: int, total: int, hidden: torch.Tensor, q_residual: torch.Tensor,
+        rope: tuple[torch.Tensor, torch.Tensor],
+    ) -> tuple[Entries, int]:  # fmt: skip
         history = self.pages.history(layer, total)
         q, weights = index_query(compressor.indexer, hidden, q_residual, rope, history.keys_rotated)
         k = min(self.pool.geometry.index_topk, total)
-        picks = topk_history(q[0], weights[0], self._visible(ratio, q.device), _key_tiles(history), k)
+        visible_S = self._visible(self.pool.geometry.csa_ratio, q.device)
+        picks = topk_history(q[0], weights[0], visible_S, _key_tiles(history), k)
         if self.on_picks is not None:
             self._picked = _best_first(q[0], weights[0], history, picks)
             picks = self._picked[0]
@@ -180,9 +184,7 @@ class PrefillStep:
 
         return entries, k
 
-    def _observe(
-        self, attention: Any, q_SHD: torch.Tensor, window_kv: torch.Tensor, entries: Callable[[int, int], KeySet]
-    ) -> Picks:
+    def _observe(self, attention: Any, q_SHD: torch.Tensor, window_kv: torch.Tensor, entries: Entries) -> Picks:
         """The picks of all queries with their attention probabilities, a few queries at a time."""
         window, (ids_SK, scores_SK) = self.pool.geometry.sliding_window, self._picked
         back = torch.arange(window - 1, -1, -1, device=window_kv.device)
@@ -196,29 +198,38 @@ class PrefillStep:
             weights.append(found[..., window:])
         return Picks(ids_SK, scores_SK, torch.cat(weights))
 
-    def _hca_entries(
-        self, compressor: Any, layer: int, hidden: torch.Tensor
-    ) -> tuple[Callable[[int, int], KeySet] | None, int]:
+    def _hca_rows(self, compressor: Any, layer: int, hidden_SE: torch.Tensor) -> torch.Tensor:
+        """Stored entries [N, bytes] up to the last of these tokens."""
         ratio, spec = self.pool.geometry.hca_ratio, self.pool.hca_format
         first_entry, total = self.first // ratio, self.end // ratio
         past = self.first - first_entry * ratio
         windows = []
-        for name, new in zip(("kv", "gate"), project(compressor, hidden[0]), strict=True):
+        for name, new in zip(("kv", "gate"), project(compressor, hidden_SE), strict=True):
             tokens, _ = self._with_past(layer, name, new, past)
             windows.append(tokens[: (total - first_entry) * ratio])
             self._remember(layer, name, new)
         old = self.state.entries[layer].get(first_entry)
         if total > first_entry:
             kv, gate = (tokens.unflatten(0, (-1, ratio)) for tokens in windows)
-            positions = torch.arange(first_entry, total, device=hidden.device) * ratio
+            positions = torch.arange(first_entry, total, device=hidden_SE.device) * ratio
             new_rows = encode_rows(spec, pool_plain(compressor, kv, gate, positions))
             self.new_entries.append((layer, first_entry, new_rows))
             old = torch.cat((old, new_rows))
-        if total == 0:
-            return None, 0
-        entries_ND = decode_rows(spec, old, self.pool.dtype)
-        index_N, visible_S = torch.arange(total, device=hidden.device), self._visible(ratio, hidden.device)
-        return (lambda lo, hi: (entries_ND, index_N < visible_S[lo:hi, None])), total
+        return old
+
+    def _hca_entries(self, rows_NE: torch.Tensor) -> tuple[Entries, int]:
+        entries_ND = decode_rows(self.pool.hca_format, rows_NE, self.pool.dtype)
+        index_N = torch.arange(len(rows_NE), device=rows_NE.device)
+        visible_S = self._visible(self.pool.geometry.hca_ratio, rows_NE.device)
+        return (lambda lo, hi: (entries_ND, index_N < visible_S[lo:hi, None])), len(rows_NE)
+
+    def _attend(
+        self, attention: Any, q_SHD: torch.Tensor, window_kv: torch.Tensor, entries: Entries | None, per_query: int
+    ) -> torch.Tensor:
+        window = self.pool.geometry.sliding_window
+        return attend_prefill(
+            q_SHD, window_kv, self.first, window, attention.sinks, attention.scaling, entries, per_query
+        )  # fmt: skip
 
 
 class BatchPrefillStep:

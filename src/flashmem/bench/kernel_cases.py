@@ -41,6 +41,13 @@ SCORE_TILES = {
 }  # fmt: skip
 """Tiles worth timing, by precision."""
 
+QUERY_TILES = {
+    "fp16": [ScoreTiles(128, 4, 4, 3), ScoreTiles(128, 4, 8, 3), ScoreTiles(64, 8, 4, 3), ScoreTiles(64, 8, 4, 4)],
+    "bf16": [ScoreTiles(128, 4, 4, 3), ScoreTiles(128, 4, 8, 3), ScoreTiles(64, 8, 4, 3), ScoreTiles(64, 8, 4, 4)],
+    "fp32": [ScoreTiles(32, 8, 4, 1)],
+}  # fmt: skip
+"""Tiles of a prefill's scores, by precision: index rows in fp16, else exact keys."""
+
 ATTEND_TILES = [(64, 32, 8), (64, 16, 8), (64, 64, 8), (32, 32, 8), (32, 32, 4), (16, 32, 4)]
 """Heads, keys, warps."""
 SHARES = {1: (8, 10, 20), 8: (4, 8, 16), 32: (2, 4, 8), 64: (1, 2, 4)}

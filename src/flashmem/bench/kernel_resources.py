@@ -20,7 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from ..kernels.hyper_connection import Connection, collapse, spread
-from ..kernels.index_rows import encode_index_rows
+from ..kernels.index_rows import SCALE_BYTES, encode_index_rows
 from ..kernels.kv_codec import KVFormatSpec, encode_rows
 from ..kernels.norm_rope import norm_rope
 from ..kernels.pool_in_place import pool_in_place
@@ -124,6 +124,10 @@ def variants() -> Iterator[tuple[str, Callable[[], object]]]:
             if tiles.run == 8:
                 short = score.Tiles(tiles.chunks, 1, tiles.warps, tiles.stages)
                 yield f"score ranks {precision} {label(short)}", _ranks(precision, short)
+    for precision, all_tiles in kernel_cases.QUERY_TILES.items():
+        for tiles in all_tiles:
+            for heads, dim in ((kernel_cases.INDEX_HEADS, kernel_cases.INDEX_DIM), (16, 64)):
+                yield f"score prefill {precision} {heads} heads {label(tiles)}", _queries(precision, tiles, heads, dim)
     for precision in kernel_cases.SCORE_TILES:
         yield f"finish and prepare queries {precision}", _prepare(precision)
     yield "top-k of 4096, ordered", lambda: _topk(4096, True)
@@ -166,6 +170,20 @@ def _ranks(precision: Any, tiles: score.Tiles) -> Callable[[], object]:
     def launch() -> object:
         q, w = ScoreCase(1, 8, layers=1, heads=kernel_cases.INDEX_HEADS).queries(META)
         return score.score_ranks(*score.prepare_queries(q, w, precision), PoolCase(24_576, 8).keys(META), tiles=tiles)
+
+    return launch
+
+
+def _queries(precision: Any, tiles: score.Tiles, heads: int, dim: int) -> Callable[[], object]:
+    def launch() -> object:
+        q, w = ScoreCase(1, 64, layers=1, heads=heads).queries(META)
+        keys = {
+            "fp16": torch.empty(4096, dim + SCALE_BYTES, dtype=torch.uint8, device=META),
+            "bf16": _bf16(4096, dim),
+            "fp32": torch.empty(4096, dim, device=META),
+        }[precision]
+        visible = torch.empty(64, dtype=torch.int32, device=META)
+        return score.score_queries(*score.prepare_queries(q[..., :dim], w, precision), keys, visible, tiles=tiles)
 
     return launch
 

@@ -11,9 +11,9 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -24,7 +24,9 @@ from . import report
 
 TOLERANCE = 1e-2
 """Relative error of logits in the norm: two sums in another order may pick another chunk where scores nearly tie."""
-WHOLE, PIECES, OURS = "stock, whole", "stock, in pieces", "flashmem"
+WHOLE, PIECES = "stock, whole", "stock, in pieces"
+OURS: dict[str, str] = {"reference": "flashmem", "fused": "flashmem, fused"}
+"""Our paths by their `prefill_kernels`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,11 +52,11 @@ class _Prefill:
 
 def run(
     model: Any, *, config: LSAConfig, indexer: Any, first: int, lengths: Sequence[int], limits: Limits,
-    on_row: report.OnRow = report.unheard,
+    kernels: Sequence[Literal["reference", "fused"]] = ("reference",), on_row: report.OnRow = report.unheard,
 ) -> dict[str, Any]:  # fmt: skip
     """Rows of all paths, and ours over the stock ones at their longest lengths; raises AssertionError for wrong logits.
 
-    `lengths` are what our path is measured at beside the longest lengths of the stock ones.
+    `lengths` are what our paths, one for each of `kernels`, are measured at beside the longest ones of the stock model.
     """
     device = model.model.embed_tokens.weight.device
     vocabulary = model.config.vocab_size
@@ -63,11 +65,15 @@ def run(
         _Prefill(WHOLE, lambda ids: _whole(model, ids), on_row),
         _Prefill(PIECES, lambda ids: _in_pieces(model, ids, config.prefill_chunk), on_row),
     ]
-    ours = _Prefill(OURS, lambda ids: _ours(model, indexer, config, ids, limits.our_seconds), on_row)
-    found = {PIECES: stock[1].run(ids[:first]), OURS: _ours(model, indexer, config, ids[:first], math.inf)}
+    configs = [replace(config, prefill_kernels=each) for each in kernels]
+    ours = [_our_path(model, indexer, each, limits.our_seconds, on_row) for each in configs]
+    unlimited = [_our_path(model, indexer, each, math.inf, on_row) for each in configs]
     wanted = stock[0].run(ids[:first])
-    errors = {name: _error(logits, wanted) for name, logits in found.items()}
-    assert errors[OURS] <= TOLERANCE, f"logits differ from the stock model's by {errors[OURS]}"
+    errors = {path.name: _error(path.run(ids[:first]), wanted) for path in (stock[1], *unlimited)}
+    for path in ours:
+        assert errors[path.name] <= TOLERANCE, (
+            f"{path.name}: logits differ from the stock model's by {errors[path.name]}"
+        )
     for path in stock:
         if errors.get(path.name, 0.0) > TOLERANCE:
             path.rows.append({"path": path.name, "failed": f"logits differ by {errors[path.name]:.2g}: not timed"})
@@ -75,7 +81,8 @@ def run(
         _lengthen(path, ids, first, limits, device)
     longest = {path.name: rows[-1] for path in stock if (rows := _measured(path.rows))}
     for tokens in sorted({*lengths, *(row["tokens"] for row in longest.values())}):
-        ours.rows.append(_measure(ours, ids, tokens, device))
+        for path in ours:
+            path.rows.append(_measure(path, ids, tokens, device))
     return {
         "device": str(device),
         "dtype": str(model.model.embed_tokens.weight.dtype).removeprefix("torch."),
@@ -85,8 +92,8 @@ def run(
         "tolerance": TOLERANCE,
         "errors_at_first": errors,
         "peak_limit_bytes": limits.peak_bytes,
-        "rows": [*stock[0].rows, *stock[1].rows, *ours.rows],
-        "ratios": [_ratio(row, ours.rows) for row in longest.values()],
+        "rows": [row for path in (*stock, *ours) for row in path.rows],
+        "ratios": [_ratio(row, path) for row in longest.values() for path in ours],
     }
 
 
@@ -126,10 +133,10 @@ def _measured(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return [row for row in rows if "failed" not in row]
 
 
-def _ratio(stock: dict[str, Any], ours: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """A stock path at its longest length over ours at the same."""
-    (row,) = (row for row in ours if row["tokens"] == stock["tokens"])
-    ratio: dict[str, Any] = {"path": stock["path"], "tokens": stock["tokens"]}
+def _ratio(stock: dict[str, Any], ours: _Prefill) -> dict[str, Any]:
+    """A stock path at its longest length over one of ours at the same."""
+    (row,) = (row for row in ours.rows if row["tokens"] == stock["tokens"])
+    ratio: dict[str, Any] = {"path": stock["path"], "over": ours.name, "tokens": stock["tokens"]}
     if "failed" not in row:
         ratio["seconds_ratio"] = round(stock["seconds"] / row["seconds"], 3)
         ratio["peak_bytes_ratio"] = round(stock["peak_bytes"] / max(1, row["peak_bytes"]), 3)
@@ -162,6 +169,11 @@ def _in_pieces(model: Any, ids: list[int], piece: int) -> torch.Tensor:
 
 class _OutOfTime(Exception):
     pass
+
+
+def _our_path(model: Any, indexer: Any, config: LSAConfig, seconds: float, on_row: report.OnRow) -> _Prefill:
+    name = OURS[config.prefill_kernels]
+    return _Prefill(name, lambda ids: _ours(model, indexer, config, ids, seconds), on_row)
 
 
 def _ours(model: Any, indexer: Any, config: LSAConfig, ids: list[int], seconds: float) -> torch.Tensor:

@@ -297,6 +297,10 @@ def prefill(
     seconds: Annotated[float, typer.Option(help="Try no stock prefill that would take longer.")] = 60,
     our_seconds: Annotated[float, typer.Option(help="End a prefill of ours after this long.")] = 400,
     prefill_chunk: Annotated[int, typer.Option(help="Tokens at a time, ours and the stock model's in pieces.")] = 2048,
+    prefill_kernels: Annotated[
+        Literal["reference", "fused", "both"] | None,
+        typer.Option(help="What our own prefills run on.", show_default="both on CUDA, else reference"),
+    ] = None,
     keep: Keep = 0.1,
     page_chunks: Annotated[
         int | None, typer.Option(help="Chunks of 4 tokens per page.", show_default="the model's own")
@@ -318,6 +322,7 @@ def prefill(
     from ..bench.skeleton import free_bytes
 
     where, lengths, (start,) = _device(device), _sizes(context), _sizes(first)
+    chosen = prefill_kernels or ("both" if where.type == "cuda" else "reference")
     settings = {"keep": keep, "prefill_chunk": prefill_chunk, "page_chunks": page_chunks}
     given = {name: value for name, value in settings.items() if value is not None}
     loaded, indexer, config = _small_model(model, where, dtype, **given)
@@ -329,7 +334,8 @@ def prefill(
     _run(
         "prefill_stock", out, json,
         lambda save: bench.run(
-            loaded, config=config, indexer=indexer, first=start, lengths=lengths, limits=limits, on_row=_rows(save, {})
+            loaded, config=config, indexer=indexer, first=start, lengths=lengths, limits=limits,
+            kernels=("reference", "fused") if chosen == "both" else (chosen,), on_row=_rows(save, {}),
         ),
         lambda result: [_prefill_table(result), _ratio_table(result)],
     )  # fmt: skip
@@ -574,6 +580,7 @@ def _ratio_table(result: dict[str, Any]) -> Table:
         "The stock model at its longest length over flashmem at the same", result["ratios"],
         {
             "path": lambda row: row["path"],
+            "over": lambda row: row["over"],
             "tokens": lambda row: f"{row['tokens']:,}",
             "seconds": lambda row: f"{row['seconds_ratio']:.2f}" if "seconds_ratio" in row else "",
             "peak bytes": lambda row: f"{row['peak_bytes_ratio']:.2f}" if "peak_bytes_ratio" in row else "",

@@ -81,6 +81,10 @@ class EngineOptions:
         Literal["reference", "fused"] | None,
         _lsa(_BASE.kernels, "What decoding runs on: PyTorch, or Triton on pages in place (needs CUDA)."),
     ] = None
+    prefill_kernels: Annotated[
+        Literal["reference", "fused"] | None,
+        _lsa(_BASE.prefill_kernels, "What prefill runs on: PyTorch, or Triton on rows in place (needs CUDA)."),
+    ] = None
     cuda_graphs: Annotated[
         bool, typer.Option("--cuda-graphs", help="Replay captured decode steps.", rich_help_panel=_LSA)
     ] = False
@@ -110,6 +114,7 @@ class EngineOptions:
             "kv_format": self.kv_format,
             "prefill_chunk": self.prefill_chunk,
             "kernels": self.kernels,
+            "prefill_kernels": self.prefill_kernels,
             "cuda_graphs": self.cuda_graphs or None,
             "device_budget_bytes": self.device_budget,
             "host_budget_bytes": self.host_budget,

@@ -90,6 +90,19 @@ class PagedRows:
         rows.alignment = math.gcd(WIDEST_LOAD, form.page_bytes, form.data_bytes, form.page_chunks * form.data_bytes)
         return rows
 
+    def shared_by(self, batch: int, counts_B: torch.Tensor | None = None) -> PagedRows:
+        """The rows of one session, without a table, for each of `batch` others.
+
+        counts_B (int32, on the device) may let each see fewer; it is not checked.
+        """
+        if self.batch != 1 or self.numbers_BP is not None:
+            raise ValueError(f"rows of one session without a page table can be shared, got {self.batch} sessions")
+        counts_B = self.counts_B.expand(batch).contiguous() if counts_B is None else counts_B
+        rows = PagedRows.at(self.form, self.addresses_LB.expand(-1, batch).contiguous(), counts_B, self.max_rows)
+        rows.page_stride, rows.alignment = self.page_stride, self.alignment
+        rows.regions = tuple(layer * batch for layer in self.regions)
+        return rows
+
     @property
     def num_layers(self) -> int:
         return len(self.addresses_LB)
@@ -136,6 +149,13 @@ def index_row_form(index_head_dim: int) -> PlanarForm:
     return interleaved_form(index_head_dim, SCALE_BYTES)
 
 
+def key_form(keys: torch.Tensor, index_head_dim: int) -> PlanarForm:
+    """The form of keys of one tensor: index rows uint8 [N, I + 4], or exact keys [N, I]."""
+    if keys.dtype is torch.uint8:
+        return index_row_form(index_head_dim)
+    return interleaved_form(keys.shape[-1] * keys.element_size(), 0)
+
+
 def _check_region(region: torch.Tensor, form: PlanarForm, device: torch.device) -> None:
     if region.dtype is not torch.uint8 or region.dim() != 2 or region.shape[1] != form.page_bytes:
         raise ValueError(f"a region must be uint8 [R, {form.page_bytes}], got {region.dtype} {tuple(region.shape)}")
@@ -166,4 +186,4 @@ def places(count: int, least: int) -> int:
     return max(least, 1 << max(0, count + count // 64 - 1).bit_length())
 
 
-__all__ = ["PagedRows", "index_row_form", "interleaved_form", "overwrite", "places", "to_device"]
+__all__ = ["PagedRows", "index_row_form", "interleaved_form", "key_form", "overwrite", "places", "to_device"]

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from ..index_rows import SCALE_BYTES, decode_index_rows
-from ..paged import PagedRows, index_row_form, interleaved_form
+from ..kv_codec import PlanarForm
+from ..paged import PagedRows, key_form
 from .maximum import score_chunks_max_tiled
 from .reference import (
     FINISHED,
@@ -146,7 +147,7 @@ def score_history(
     if impl == "fused":
         from .fused import prepare_queries, score_logits  # needs triton
 
-        prepared = prepare_queries(q_LBMHI, w_LBMH, precision or default_precision(keys, q_LBMHI.shape[-1]))
+        prepared = prepare_queries(q_LBMHI, w_LBMH, precision or default_precision(keys.form, q_LBMHI.shape[-1]))
         return score_logits(*prepared, keys, mean=merge == "mean")
     if impl not in ("reference", "tiled"):
         raise ValueError(f"unknown impl {impl!r}; choose 'reference', 'tiled' or 'fused'")
@@ -181,7 +182,7 @@ def score_pages(
         from .fused import prepare_queries, score_page_reductions  # needs triton
 
         _check_history(q_LBMHI, w_LBMH, keys, merge)
-        prepared = prepare_queries(q_LBMHI, w_LBMH, precision or default_precision(keys, q_LBMHI.shape[-1]))
+        prepared = prepare_queries(q_LBMHI, w_LBMH, precision or default_precision(keys.form, q_LBMHI.shape[-1]))
         return PageScores(
             *score_page_reductions(
                 *prepared, keys, page_chunks=page_chunks, temperature=temperature, threshold=threshold,
@@ -192,11 +193,11 @@ def score_pages(
     return PageScores(*reduce_pages_reference(logits_BN, page_chunks, temperature, threshold))
 
 
-def default_precision(keys: PagedRows, channels: int) -> Precision:
+def default_precision(form: PlanarForm, channels: int) -> Precision:
     """The narrowest precision in which a query loses less than its keys did."""
-    if keys.form.tail_bytes:
+    if form.tail_bytes:
         return "fp16"
-    return "bf16" if keys.form.data_bytes == 2 * channels else "fp32"
+    return "bf16" if form.data_bytes == 2 * channels else "fp32"
 
 
 def decode_paged_keys(keys: PagedRows, layer: int, channels: int) -> torch.Tensor:
@@ -218,11 +219,9 @@ def _score_chunks_fused(
     from .fused import prepare_queries, score_logits  # needs triton
 
     (batch, tokens, heads, channels), chunks = q_BMHI.shape, keys_BNC.shape[1]
-    if keys_BNC.dtype is torch.uint8:
-        form = index_row_form(channels)
-    else:
-        keys_BNC = keys_BNC if keys_BNC.dtype is torch.bfloat16 else keys_BNC.float()
-        form = interleaved_form(channels * keys_BNC.element_size(), 0)
+    if keys_BNC.dtype not in (torch.uint8, torch.bfloat16):
+        keys_BNC = keys_BNC.float()
+    form = key_form(keys_BNC, channels)
     if not chunks:
         return q_BMHI.new_empty(batch, tokens, 0, dtype=torch.float32)
     rows_BNE = keys_BNC.contiguous().view(torch.uint8)
@@ -230,7 +229,7 @@ def _score_chunks_fused(
     regions = [[rows for rows in rows_BNE for _ in range(tokens)]]
     keys = PagedRows(form, regions, [chunks] * (batch * tokens))
     q, w = q_BMHI.reshape(1, batch * tokens, 1, heads, channels), w_BMH.reshape(1, batch * tokens, 1, heads)
-    prepared = prepare_queries(q, w, precision or default_precision(keys, channels))
+    prepared = prepare_queries(q, w, precision or default_precision(form, channels))
     return score_logits(*prepared, keys, mean=False).view(batch, tokens, chunks)
 
 

@@ -3,14 +3,16 @@
 A program takes a run of tiles of one session. For every layer and observed token it holds the query on the chip,
 multiplies it with the keys of the tiles, adds w * relu(.) over the heads, and merges the logits of the run; what it
 writes are logits, their ranks, or the reductions of its pages. relu(x) is (x + |x|) / 2, whose half is in w: additions
-run at twice the rate of maxima.
+run at twice the rate of maxima. In prefill many queries share their keys: there a program takes the heads of several
+queries as columns of one product, so that keys are read once for all of them (`score_queries`).
 
 Shape letters: L = layers, B = sessions, M = observed tokens, H = heads, I = index_head_dim, N = chunks, P = pages,
-T = terms of a query.
+T = terms of a query, S = queries of a prefill, E = bytes of a row.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,7 +20,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ..paged import PagedRows
+from ..kv_codec import PlanarForm
+from ..paged import WIDEST_LOAD, PagedRows, key_form
 from ..triton_parts import (
     bf16_bits,
     e4m3_bits,
@@ -41,6 +44,8 @@ QUERY_HEADS = 2
 """Heads of a query that one program of one warp prepares: no channel of a head is in another warp."""
 ACCUMULATORS = 128 * 128
 """Products that one program of four warps holds: 128 registers a thread."""
+COLUMNS = {1: 128, 2: 128, 4: 64}
+"""Columns of a product of several queries by bytes of a channel: the heads of 8 queries of 16, or of 2 of 64."""
 
 _QUERY_DTYPES = {
     "fp8": torch.float8_e4m3fn,
@@ -109,6 +114,46 @@ def score_ranks(
     return out
 
 
+def score_queries(
+    q_LBMTHI: torch.Tensor, w_LBMH: torch.Tensor, keys: torch.Tensor, visible_S: torch.Tensor,
+    *, tiles: Tiles | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """Ranks uint32 [S, N] of the scores of S queries, prepared as sessions of one layer and token, against shared keys.
+
+    Keys are index rows, uint8 [N, I + 4], or exact, bf16 or fp32 [N, I]. Query s sees the first `visible_S[s]` (int32)
+    of them; what it does not see has rank 0.
+    """
+    _, queries, _, terms, heads, channels = q_LBMTHI.shape
+    rows_NE, form = keys.contiguous().view(torch.uint8), key_form(keys, channels)
+    rows, width = rows_NE.shape
+    if terms != 1 or q_LBMTHI.shape[0] * q_LBMTHI.shape[2] != 1:
+        raise ValueError(f"prefill scores one layer, token and term of each query, got {tuple(q_LBMTHI.shape)}")
+    if heads > MOST_HEADS:
+        raise ValueError(f"{heads} heads; the fused kernel takes at most {MOST_HEADS}")
+    out = w_LBMH.new_empty(queries, rows, dtype=torch.uint32)
+    alignment = math.gcd(WIDEST_LOAD, width, rows_NE.data_ptr())
+    key_dtype = _key_dtype(form, alignment, channels, q_LBMTHI.dtype)
+    if not out.numel():
+        return out
+    block_heads = max(16, triton.next_power_of_2(heads))
+    block_queries = max(1, COLUMNS[q_LBMTHI.dtype.itemsize] // block_heads)
+    tiles = tiles or query_tiles(block_heads * block_queries, q_LBMTHI.dtype.itemsize)
+    _score_queries_kernel[(triton.cdiv(rows, tiles.chunks * tiles.run), triton.cdiv(queries, block_queries))](
+        q_LBMTHI, w_LBMH, rows_NE, visible_S, out, queries, rows,
+        KEY=key_dtype, SCALED=form.tail_bytes > 0, HEADS=heads, CHANNELS=channels, ROW_BYTES=width,
+        DATA_BYTES=form.data_bytes, ALIGNMENT=alignment, BLOCK_HEADS=block_heads,
+        BLOCK_CHANNELS=max(32, triton.next_power_of_2(channels)), BLOCK_QUERIES=block_queries,
+        BLOCK_CHUNKS=tiles.chunks, RUN=tiles.run, STAGES=tiles.stages, num_warps=tiles.warps,
+    )  # fmt: skip
+    return out
+
+
+def query_tiles(columns: int, query_bytes: int) -> Tiles:
+    """Tiles of `score_queries`, for products of so many columns."""
+    chunks = min({1: 128, 2: 64, 4: 32}[query_bytes], ACCUMULATORS // columns)
+    return Tiles(chunks, 8, stages=1 if query_bytes == 4 else 3)
+
+
 def score_page_reductions(
     q_LBMTHI: torch.Tensor,
     w_LBMH: torch.Tensor,
@@ -166,7 +211,7 @@ def _launch(
         raise ValueError(f"{heads} heads; the fused kernel takes at most {MOST_HEADS}")
     if keys.form.page_chunks & (keys.form.page_chunks - 1):
         raise ValueError(f"keys must be in pages of a power of two of chunks, got {keys.form.page_chunks}")
-    key_dtype = _key_dtype(keys, channels, q.dtype)
+    key_dtype = _key_dtype(keys.form, keys.alignment, channels, q.dtype)
     if out.numel() == 0:
         return
     tiles = tiles or default_tiles(heads, q.dtype.itemsize * terms, keys, page_chunks)
@@ -186,20 +231,19 @@ def _launch(
     )  # fmt: skip
 
 
-def _key_dtype(keys: PagedRows, channels: int, query_dtype: torch.dtype) -> tl.dtype:
-    form = keys.form
+def _key_dtype(form: PlanarForm, alignment: int, channels: int, query_dtype: torch.dtype) -> tl.dtype:
     if form.tail_bytes:
-        if (form.data_bytes, form.tail_bytes) != (channels, 4) or keys.alignment % 4:
+        if (form.data_bytes, form.tail_bytes) != (channels, 4) or alignment % 4:
             raise ValueError(
                 f"index rows of {channels} channels must be {channels} + 4 bytes, aligned to 4; "
-                f"got {form.data_bytes} + {form.tail_bytes}, aligned to {keys.alignment}"
+                f"got {form.data_bytes} + {form.tail_bytes}, aligned to {alignment}"
             )
         return tl.float8e4nv
     itemsize, rest = divmod(form.data_bytes, channels)
-    if rest or itemsize not in _KEY_DTYPES or keys.alignment % itemsize:
+    if rest or itemsize not in _KEY_DTYPES or alignment % itemsize:
         raise ValueError(
             f"exact keys of {channels} channels must be aligned bf16 or fp32, got {form.data_bytes} bytes, "
-            f"aligned to {keys.alignment}"
+            f"aligned to {alignment}"
         )
     if query_dtype.itemsize < itemsize:
         raise ValueError(f"{query_dtype} queries would round {8 * itemsize}-bit keys")
@@ -335,6 +379,48 @@ def _score_kernel(
         tl.store(above_ptr + at, above, mask=page < width)
 
 
+@triton.jit(do_not_specialize=["queries", "rows"])
+def _score_queries_kernel(
+    q_ptr, w_ptr, keys_ptr, visible_ptr, out_ptr, queries, rows,
+    KEY: tl.constexpr, SCALED: tl.constexpr, HEADS: tl.constexpr, CHANNELS: tl.constexpr, ROW_BYTES: tl.constexpr,
+    DATA_BYTES: tl.constexpr, ALIGNMENT: tl.constexpr, BLOCK_HEADS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
+    BLOCK_QUERIES: tl.constexpr, BLOCK_CHUNKS: tl.constexpr, RUN: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    first = tl.program_id(0) * (BLOCK_CHUNKS * RUN)
+    first_query = tl.program_id(1) * BLOCK_QUERIES
+    columns = tl.arange(0, BLOCK_QUERIES * BLOCK_HEADS)
+    channels = tl.arange(0, BLOCK_CHANNELS)
+    head = columns % BLOCK_HEADS
+    there = (first_query + columns // BLOCK_HEADS < queries) & (head < HEADS)
+    at = (first_query + columns // BLOCK_HEADS) * HEADS + head
+    q = tl.load(
+        q_ptr + at.to(tl.int64)[:, None] * CHANNELS + channels[None, :],
+        mask=there[:, None] & (channels < CHANNELS)[None, :],
+        other=0.0,
+    )
+    w = tl.load(w_ptr + at, mask=there, other=0.0)
+    mine = first_query + tl.arange(0, BLOCK_QUERIES)
+    visible = tl.load(visible_ptr + mine, mask=mine < queries, other=0)
+    count = tl.minimum(tl.max(visible, axis=0), rows)
+    out = out_ptr + mine.to(tl.int64)[None, :] * rows
+    for tile in tl.range(tl.cdiv(tl.minimum(rows - first, BLOCK_CHUNKS * RUN), BLOCK_CHUNKS), num_stages=STAGES):
+        chunks = first + tile * BLOCK_CHUNKS + tl.arange(0, BLOCK_CHUNKS)
+        live = chunks < count
+        starts = keys_ptr + chunks.to(tl.int64) * ROW_BYTES
+        inside = live[:, None]
+        if BLOCK_CHANNELS != CHANNELS:
+            inside = inside & (channels < CHANNELS)[None, :]
+        keys = tl.load(row_pointers(starts, channels, KEY, ALIGNMENT), mask=inside, other=0.0).to(q.dtype)
+        dots = tl.dot(keys, tl.trans(q), input_precision="ieee")
+        products = tl.reshape((dots + tl.abs(dots)) * w[None, :], (BLOCK_CHUNKS, BLOCK_QUERIES, BLOCK_HEADS))
+        scores = tl.sum(products, axis=2)
+        if SCALED:
+            scales = tl.load((starts + DATA_BYTES).to(tl.pointer_type(tl.float32)), mask=live, other=0.0)
+            scores *= scales[:, None]
+        ranks = tl.where(chunks[:, None] < visible[None, :], rank_bits(scores), 0)
+        tl.store(out + chunks[:, None], ranks, mask=(chunks < rows)[:, None] & (mine < queries)[None, :])
+
+
 __all__ = [
     "Precision",
     "Tiles",
@@ -342,5 +428,6 @@ __all__ = [
     "prepare_queries",
     "score_logits",
     "score_page_reductions",
+    "score_queries",
     "score_ranks",
 ]

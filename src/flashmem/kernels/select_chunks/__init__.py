@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
+from ..index_rows import decode_index_rows
 from ..paged import PagedRows
 from ..score_chunks import FINISHED, QueryFinish, decode_paged_keys, default_precision, finish_queries
 from ..tiles import for_device
@@ -82,7 +83,7 @@ def select_resident(
     if (impl or "reference") == "fused":
         from .fused import select_resident_fused  # needs triton
 
-        precision = precision or default_precision(keys, q_BHI.shape[-1])
+        precision = precision or default_precision(keys.form, q_BHI.shape[-1])
         return select_resident_fused(q_BHI, w_BH, keys, k, precision=precision, ordered=ordered, finish=finish)
     _check_impl(impl)
     q_BHI, w_BH = finish_queries(q_BHI, w_BH, finish)
@@ -102,23 +103,36 @@ def topk_history(
     visible_S: torch.Tensor,
     tiles: Iterable[tuple[int, torch.Tensor]],
     k: int,
+    *,
+    finish: QueryFinish = FINISHED,
+    precision: Precision | None = None,
+    impl: Impl | None = None,
 ) -> torch.Tensor:
-    """Chunk ids int64 [S, k] of each query's top-k among chunks 0..visible-1, -1 where there are fewer.
+    """Chunk ids int64 [S, k] of each query's top-k among chunks 0..visible-1, in no order; -1 where there are fewer.
 
-    `tiles` yields (first chunk id, keys [N, I]) over the history once; memory is O(S * k + one tile).
+    `tiles` yields (first chunk id, keys [N, I] or index rows uint8 [N, I + 4]) over the history once, in its order;
+    memory is O(S * k + one tile). `finish` is what q and w lack (see `score_chunks.finish_queries`).
+    The fused version multiplies in `precision` (see `score_chunks.score_history`); k is at most 1024.
     """
+    if (impl or "reference") == "fused":
+        from .fused import topk_history_fused  # needs triton
+
+        return topk_history_fused(q_SHI, w_SH, visible_S, tiles, k, precision=precision, finish=finish)
+    _check_impl(impl)
+    q_SHI, w_SH = finish_queries(q_SHI, w_SH, finish)
     queries, heads, _ = q_SHI.shape
     elements = for_device(SCORE_ELEMENTS, q_SHI.device)
     best = torch.full((queries, k), torch.iinfo(torch.int64).min, dtype=torch.int64, device=q_SHI.device)
-    for first, keys_NI in tiles:
+    for first, keys in tiles:
+        keys_NI = decode_index_rows(keys) if keys.dtype is torch.uint8 else keys
         count = keys_NI.shape[0]
         ids_N = torch.arange(first, first + count, device=q_SHI.device)
         step = max(1, elements // (heads * max(1, count)))
         for lo in range(0, queries, step):
             hi = min(lo + step, queries)
             scores = lightning_scores_reference(q_SHI[lo:hi], w_SH[lo:hi], keys_NI)
-            keys = rank_keys(scores, ids_N, ids_N < visible_S[lo:hi, None])
-            best[lo:hi] = merge_best(best[lo:hi], keys)
+            ranks = rank_keys(scores, ids_N, ids_N < visible_S[lo:hi, None])
+            best[lo:hi] = merge_best(best[lo:hi], ranks)
     return pick_ids(best)
 
 

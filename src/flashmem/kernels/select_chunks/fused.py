@@ -1,21 +1,26 @@
-"""Exact top-k without a sort of all candidates, and level 2 over rows that are read in place.
+"""Exact top-k without a sort of all candidates, level 2 over rows that are read in place, and level 2 of prefill.
 
 Each program finds the k best of a block in registers (see `largest`). Rows longer than `WHOLE` are cut into blocks
 whose winners meet again, until one block is left. Candidates keep their order all the way, so that the lower index wins
 a tie. Where the caller wants the best first, a second kernel counts for each winner how many come before it.
 
-Shape letters: B = rows (sessions), N = candidates, K = picks, S = blocks of a row.
+In prefill the queries of a chunk of tokens share their keys: `topk_history_fused` ranks a tile of the history for a
+block of queries at a time, so that ranks stay within `RANK_BYTES` however long the history is.
+
+Shape letters: B = rows (sessions), N = candidates, K = picks, S = blocks of a row, or queries of a prefill.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 import torch
 import triton
 import triton.language as tl
 
-from ..paged import PagedRows
-from ..score_chunks import FINISHED, QueryFinish
-from ..score_chunks.fused import Precision, Tiles, prepare_queries, score_ranks
+from ..paged import PagedRows, key_form
+from ..score_chunks import FINISHED, QueryFinish, default_precision
+from ..score_chunks.fused import Precision, Tiles, prepare_queries, score_queries, score_ranks
 from ..triton_parts import largest, rank_bits
 
 MOST_PICKS = 1024
@@ -27,6 +32,10 @@ THREAD_CANDIDATES = 16
 """Candidates of one thread: with fewer, counts of more warps must meet; with more, their registers fill the device."""
 REGISTERS = 64
 """Most registers of a thread of a cut row: four blocks fit on a multiprocessor, and nothing is spilled."""
+RANK_BYTES = 256 << 20
+"""Ranks that level 2 of a prefill holds at a time."""
+MOST_QUERIES = 1 << 15
+"""Queries of one launch: a grid has fewer than 65,536 programs in this dimension."""
 BLOCK_ORDER = 32
 """Winners that one program puts in order."""
 
@@ -45,6 +54,54 @@ def select_resident_fused(
     """Indices int64 [B, min(k, N)] of the best rows, -1 where there are fewer."""
     prepared = prepare_queries(q_BHI[None, :, None], w_BH[None, :, None], precision, finish)
     return topk_ranks(score_ranks(*prepared, keys, tiles=tiles), k, ordered=ordered)
+
+
+def topk_history_fused(
+    q_SHI: torch.Tensor,
+    w_SH: torch.Tensor,
+    visible_S: torch.Tensor,
+    tiles: Iterable[tuple[int, torch.Tensor]],
+    k: int,
+    *,
+    precision: Precision | None,
+    finish: QueryFinish = FINISHED,
+) -> torch.Tensor:
+    """Chunk ids int64 [S, k], ascending, -1 where there are fewer."""
+    queries, channels = len(q_SHI), q_SHI.shape[-1]
+    best = _Best(queries, k, q_SHI.device)
+    prepared: tuple[torch.Tensor, torch.Tensor] | None = None
+    for first, keys in tiles:
+        if prepared is None:
+            precision = precision or default_precision(key_form(keys, channels), channels)
+            prepared = prepare_queries(q_SHI[None, :, None], w_SH[None, :, None], precision, finish)
+        seen_S = (visible_S - first).to(torch.int32)
+        step = min(MOST_QUERIES, max(1, RANK_BYTES // (4 * max(1, len(keys)))))
+        for lo in range(0, queries, step):
+            at = slice(lo, lo + step)
+            q, w = (x[:, at] for x in prepared)
+            best.add(at, first, score_queries(q, w, keys, seen_S[at]))
+    return best.ids_SK
+
+
+class _Best:
+    """The k best chunks of each query so far, ascending; those of later tiles come behind, so that ties fall to them
+    last."""
+
+    def __init__(self, queries: int, k: int, device: torch.device) -> None:
+        self.ids_SK = torch.full((queries, k), -1, dtype=torch.int64, device=device)
+        self._ranks_SK = torch.zeros(queries, k, dtype=torch.int32, device=device)  # the bits of a uint32
+
+    def add(self, at: slice, first: int, ranks_BN: torch.Tensor) -> None:
+        """Merge the ranks (uint32) of chunks from `first` on for some queries."""
+        k = self.ids_SK.shape[1]
+        picks = topk_ranks(ranks_BN, k, ordered=False)
+        found = ranks_BN.view(torch.int32).gather(1, picks.clamp_min(0)).masked_fill(picks < 0, 0)
+        ranks = torch.cat((self._ranks_SK[at], found), dim=1)
+        ids = torch.cat((self.ids_SK[at], picks + first), dim=1)
+        winners = topk_ranks(ranks.view(torch.uint32), k, ordered=False)
+        there = winners.clamp_min(0)
+        self.ids_SK[at] = ids.gather(1, there).masked_fill(winners < 0, -1)
+        self._ranks_SK[at] = ranks.gather(1, there).masked_fill(winners < 0, 0)
 
 
 def topk_scores(scores_BN: torch.Tensor, ids_BN: torch.Tensor, k: int, *, ordered: bool) -> torch.Tensor:
@@ -138,4 +195,4 @@ def _order_kernel(ranks_ptr, picks_ptr, out_ptr, k, BLOCK_ORDER: tl.constexpr, B
     tl.store(out_ptr + row * k + place, tl.load(picks_ptr + row * k + mine, mask=mine < k, other=0), mask=mine < k)
 
 
-__all__ = ["MOST_PICKS", "select_resident_fused", "topk_ranks", "topk_scores"]
+__all__ = ["MOST_PICKS", "select_resident_fused", "topk_history_fused", "topk_ranks", "topk_scores"]

@@ -1,7 +1,7 @@
 """Attention over a sliding window and compressed entries with per-head sinks, K and V being one tensor.
 
-`attend` takes entries as tensors; `attend_rows` reads the records of a batch in place. The fused version (Triton) is
-chosen with impl="fused" only: no default changes before it is measured on a device.
+`attend` and `attend_prefill` take entries as tensors; `attend_rows` and `attend_prefill_rows` read records in place.
+The fused version (Triton) is chosen with impl="fused" only: no default changes before it is measured on a device.
 Shape letters: B = queries (sessions of a decode batch, or queries of one session), S = queries of a prefill, H = heads,
 D = head_dim, N = entries, K = picks.
 """
@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 
 from ..kv_codec import KVFormatSpec, decode_rows
-from ..paged import PagedRows
+from ..paged import PagedRows, interleaved_form
 from ..tiles import for_device
 from .reference import attend_reference, attention_weights_reference, band_mask
 
@@ -28,6 +28,12 @@ LOGIT_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 27}
 """Logits and gathered channels that one query tile of a prefill may hold, by kind of device."""
 QUERY_TILE = {"cpu": 64, "cuda": 512}
 """Queries of a tile, or the window if that is more: what a tile computes outside its window grows with both."""
+
+
+GATHERED_BYTES = 256 << 20
+"""Bytes of entries that one query tile of `attend_prefill_rows` may ask for, were its picks all distinct."""
+MOST_QUERIES = 1 << 15
+"""Queries of one launch: a grid has fewer than 65,536 programs in this dimension."""
 
 
 def attend(q_BHD: torch.Tensor, sets: Sequence[KeySet], sinks_H: torch.Tensor, scale: float) -> torch.Tensor:
@@ -139,12 +145,53 @@ def attend_prefill(
     return out
 
 
+def attend_prefill_rows(
+    q_SHD: torch.Tensor,
+    window_kv: torch.Tensor,
+    first_query: int,
+    window: int,
+    sinks_H: torch.Tensor,
+    scale: float,
+    entries: Callable[[int, int], EntrySource] | None = None,
+    bytes_per_query: int = 0,
+) -> torch.Tensor:
+    """`attend_prefill` on the fused kernel: every query is a session whose window is a piece of `window_kv`.
+
+    `entries(lo, hi)` gives the compressed entries of queries lo..hi-1; `bytes_per_query` is what it may have to gather
+    for each, 0 if they lie on the device. `window_kv` is bf16 or fp32, as q.
+    """
+    queries, _, dim = q_SHD.shape
+    past = len(window_kv) - queries
+    if past != min(first_query, window - 1) or window_kv.dtype != q_SHD.dtype:
+        raise ValueError(
+            f"{queries} queries at {first_query} with a window of {window} need {min(first_query, window - 1)} tokens "
+            f"before them in {q_SHD.dtype}, got {past} in {window_kv.dtype}"
+        )
+    window_kv = window_kv.contiguous()
+    spec = KVFormatSpec("fp32" if q_SHD.dtype is torch.float32 else "bf16", dim, 0)
+    form = interleaved_form(spec.data_bytes, 0)
+    ends_S = torch.arange(past + 1, past + 1 + queries, device=q_SHD.device)  # a query's own token is its last
+    counts_S = ends_S.clamp(max=window)
+    addresses_1S = (window_kv.data_ptr() + (ends_S - counts_S) * form.row_bytes)[None]
+    counts_S = counts_S.to(torch.int32)
+    tile = min(MOST_QUERIES, max(1, GATHERED_BYTES // max(1, bytes_per_query)))
+    parts = []
+    for lo in range(0, max(1, queries), tile):
+        at = slice(lo, min(lo + tile, queries))
+        sources = [EntrySource(PagedRows.at(form, addresses_1S[:, at], counts_S[at], window), spec)]
+        if entries is not None:
+            sources.append(entries(at.start, at.stop))
+        parts.append(attend_rows(q_SHD[at], sources, sinks_H, scale, impl="fused"))
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
 __all__ = [
     "LOGIT_ELEMENTS",
     "EntrySource",
     "KeySet",
     "attend",
     "attend_prefill",
+    "attend_prefill_rows",
     "attend_rows",
     "attention_weights",
 ]
