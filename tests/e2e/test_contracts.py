@@ -91,7 +91,7 @@ def test_every_boundary_of_a_prompt(model: Any, text_logits: torch.Tensor, chunk
 
 def chunk_of(length: int) -> int:
     """Small prefill chunks for short prompts only, since they cost most."""
-    return 7 if length < 100 else 50 if length % 2 else 129
+    return 7 if length < 60 else 50 if length % 2 else 129
 
 
 @pytest.mark.slow
