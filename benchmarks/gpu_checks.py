@@ -503,6 +503,8 @@ KERNEL_TESTS = (
     "finish_queries.py::test_level_2_takes_projections",
     "norm_rope.py::test_norms_and_rotations",
     "pool_in_place.py::test_it_pools_as_defined",
+    "prefill_fused.py::test_index_rows_and_unfinished_queries",
+    "prefill_fused.py::test_picked_entries",
     "hyper_connection.py::test_nothing_beyond_the_values_is_read",
     "put_rows.py::test_rows_go_through_page_tables",
     "score_fused.py::test_exact_keys",
