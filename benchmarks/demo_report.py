@@ -17,6 +17,7 @@ matplotlib.use("svg")
 import matplotlib.pyplot as plt
 
 from benchmarks.common import ROOT
+from flashmem.evaluation.table import tokens
 from flashmem.training.backbone.gates import wilson
 
 RESULTS, PAGE = ROOT / "results/backbone", ROOT / "docs/models/demo.md"
@@ -32,10 +33,6 @@ KINDS = ("single", "multikey", "multivalue", "multiquery", "vt", "ahead", "mixed
 def load(name: str) -> dict[str, Any]:
     result: dict[str, Any] = json.loads((RESULTS / name).read_text())
     return result
-
-
-def size(tokens: int) -> str:
-    return f"{tokens >> 20}M" if tokens >= 1 << 20 else f"{tokens // 1024}K"
 
 
 def percent(value: float) -> str:
@@ -61,7 +58,7 @@ def by_length(gates: dict[str, Any]) -> str:
     cells = {(c["kind"], c["length"]): c for c in gates["cells"] if c["condition"] == "full"}
     lengths = sorted({length for _, length in cells})
     rows = [[kind, *(cell_text(cells[kind, n]) if (kind, n) in cells else "-" for n in lengths)] for kind in KINDS]
-    return table(["task", *map(size, lengths)], rows)
+    return table(["task", *map(tokens, lengths)], rows)
 
 
 def conditions(gates: dict[str, Any], length: int, names: Iterable[str]) -> str:
@@ -75,7 +72,7 @@ def conditions(gates: dict[str, Any], length: int, names: Iterable[str]) -> str:
 def beyond(cells: list[dict[str, Any]]) -> str:
     """Mixed documents of the longest lengths, all entries and top-k."""
     families = sorted(cells[0]["families"])
-    rows = [[size(c["length"]), c["condition"], *mixed_row(c, families)] for c in cells]
+    rows = [[tokens(c["length"]), c["condition"], *mixed_row(c, families)] for c in cells]
     return table(["length", "entries", "all questions", *families], rows)
 
 
@@ -91,7 +88,7 @@ def crowded(result: dict[str, Any]) -> str:
             interval = f"{percent(part['exact_interval'][0])}-{percent(part['exact_interval'][1])}"
             count = f"{part['questions']} in {part['documents']}"
             exact = f"{percent(part['exact'])} ({interval})"
-            rows.append([size(cell["length"]), family, count, exact, percent(part["values"])])
+            rows.append([tokens(cell["length"]), family, count, exact, percent(part["values"])])
     return table(["length", "family", "questions in documents", "exact (interval)", "values"], rows)
 
 
@@ -103,14 +100,14 @@ def topk_change(gates: dict[str, Any]) -> str:
             change = 100 * (c["exact"] - full[c["kind"], c["length"]]["exact"])
             before = percent(full[c["kind"], c["length"]]["exact"])
             count = str(c["questions"])
-            rows.append([c["kind"], size(c["length"]), count, before, percent(c["exact"]), f"{change:+.1f}"])
+            rows.append([c["kind"], tokens(c["length"]), count, before, percent(c["exact"]), f"{change:+.1f}"])
     return table(["task", "length", "questions", "all entries", "top 64", "points"], rows)
 
 
 def stock() -> str:
     result = load("stock.json")
     rows = [
-        [r["kind"], size(r["tokens"]), f"{round(r['exact'] * r['documents'])}/{r['documents']}"]
+        [r["kind"], tokens(r["tokens"]), f"{round(r['exact'] * r['documents'])}/{r['documents']}"]
         for r in result["answers"]
     ]
     loss = result["book_loss"]
@@ -177,7 +174,7 @@ def lsa() -> str:
         for pair in metrics["comparisons"]:
             if (pair["policy"], pair["against"]) != ("lsa", "full") or pair["length"] is None:
                 continue
-            task, length = pair["task"], size(pair["length"])
+            task, length = pair["task"], tokens(pair["length"])
             scores = [percent(cells[task, policy]["score"]) if task else "" for policy in POLICIES]
             low, high = (f"{100 * value:+.1f}" for value in pair["interval"])
             difference = f"{100 * pair['difference']:+.1f} ({low} to {high})"
@@ -197,7 +194,7 @@ def kept() -> str:
         held = next(row for row in metrics["averages"] if row["policy"] == "lsa" and row["length"] == pair["length"])
         low, high = (f"{100 * value:+.1f}" for value in pair["interval"])
         rows.append([
-            size(pair["length"]), percent(metrics["run"]["lsa"]["keep"]),
+            tokens(pair["length"]), percent(metrics["run"]["lsa"]["keep"]),
             percent(held["paper_ratio_of_means"]), percent(held["all_in_ratio_of_means"]),
             f"{pair['pairs']} / {pair['clusters']}", f"{100 * pair['difference']:+.1f} ({low} to {high})",
             "yes" if pair["noninferior"] else "no",

@@ -21,6 +21,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -32,11 +33,11 @@ from flashmem.accounting.models import shipped_model
 from flashmem.bench import report
 from flashmem.cli.sizes import parse_tokens
 from flashmem.config import KVFormat, ModelDefaults
-from flashmem.evaluation import Document, Item
+from flashmem.evaluation import Document, Item, stats
 from flashmem.evaluation.suites.choose import make
 from flashmem.policy import AllPages
 
-SUITE, TASKS = "mini-table1", ("single", "multivalue", "multiquery", "vt", "talk", "hop", "ahead", "song")
+SUITE = "mini-table1"
 ROOM = 1024
 """Tokens that a context leaves free."""
 LEAST_AGREEMENT, MOST_DIVERGENCE = 0.95, 0.02
@@ -68,16 +69,12 @@ VARIANTS = (
 
 def settings(device: torch.device, *, fused: bool = True, **changes: Any) -> LSAConfig:
     """The model's own, on the fused kernels and in graphs where the device has them."""
-    directory = shipped_model()
-    assert directory is not None
-    config = replace(ModelDefaults.of(directory).config(), prefill_chunk=2048, **changes)
+    config = replace(ModelDefaults.of(shipped_model()).config(), prefill_chunk=2048, **changes)
     return replace(config, kernels="fused", cuda_graphs=True) if fused and device.type == "cuda" else config
 
 
 def load(config: LSAConfig, device: torch.device, dtype: str) -> Engine:
-    directory = shipped_model()
-    assert directory is not None
-    return Engine.from_pretrained(directory, config=config, device=device, dtype=dtype)
+    return Engine.from_pretrained(shipped_model(), config=config, device=device, dtype=dtype)
 
 
 # ---- agreement
@@ -128,7 +125,7 @@ def agreement(
     device: torch.device, tokens: int, questions: int, variants: Sequence[Variant]
 ) -> Iterator[dict[str, Any]]:
     """A row per variant; `passed` says whether its bounds hold."""
-    suite = make(SUITE, lengths=[tokens], n=questions, tasks=TASKS, per_document=max(1, questions // 4))
+    suite = make(SUITE, lengths=[tokens], n=questions, per_document=max(1, questions // 4))
     asked = [(d, items) for d in suite.documents if (items := [item for item in suite.items if item.document == d.id])]
     reference = load(settings(device, fused=False), device, "float32")
     truth = [list(follow(reference, *pair)) for pair in asked]
@@ -176,14 +173,10 @@ def _row(
     }
 
 
-def _interval(by_document: Sequence[np.ndarray[Any, Any]], draws: int = 2000) -> tuple[float, float]:
-    """95 %, of the mean over all tokens, documents drawn with replacement."""
-    sums, counts = (np.array([getattr(x, name)() if name == "sum" else x.size for x in by_document], float)
-                    for name in ("sum", "size"))  # fmt: skip
-    picks = np.random.default_rng(0).integers(len(sums), size=(draws, len(sums)))
-    means = sums[picks].sum(1) / counts[picks].sum(1)
-    low, high = np.quantile(means, (0.025, 0.975))
-    return float(low), float(high)
+def _interval(by_document: Sequence[np.ndarray[Any, Any]]) -> tuple[float, float]:
+    """Of the mean over all tokens."""
+    documents = [number for number, values in enumerate(by_document) for _ in values]
+    return stats.percentile_interval(stats.bootstrap_means(np.concatenate(by_document).tolist(), documents))
 
 
 # ---- lengths
@@ -197,7 +190,7 @@ def lengths(device: torch.device, contexts: Sequence[int], windows: int, dtype: 
         draw = torch.Generator().manual_seed(context)
         ids = torch.randint(engine.geometry.vocab_size, (context - ROOM,), generator=draw).tolist()
         with engine.session() as session:
-            seconds = report.timed(lambda session=session, ids=ids: session.append(ids), report.synchronizer(device))
+            seconds = report.timed(partial(session.append, ids), report.synchronizer(device))
             snapshot = session.snapshot()
         about = {"context": context, "tokens": len(ids), "read_seconds": round(seconds, 3)}
         about["read_tokens_per_second"] = round(len(ids) / seconds, 1)
@@ -218,19 +211,17 @@ def _decoded(engine: Engine, session: Session, windows: int, device: torch.devic
     tau, took = engine.config.tau, []
     token = int(_logits(session).argmax())
     for _ in range((windows + 1) * tau):
-        logits: list[torch.Tensor] = []
-        took.append(report.timed(lambda t=token, out=logits: out.append(engine.decode([session], [t])),  # type: ignore[misc]
-                                 report.synchronizer(device)))  # fmt: skip
-        token = int(logits[0].argmax())
-    stats, measured = session.stats(), took[tau:]
+        took.append(report.timed(partial(engine.decode, [session], [token]), report.synchronizer(device)))
+        token = int(_logits(session).argmax())
+    held, measured = session.stats(), took[tau:]
     return {
         "step_ms": report.spread(measured),
         "mean_step_ms": round(1e3 * sum(measured) / len(measured), 4),
         "tokens_per_second": round(len(measured) / sum(measured), 2),
-        "pages": stats["pages"],
-        "resident_pages": stats["resident_pages"],
-        "device_bytes": stats["device_bytes_all_in"],
-        "bytes_moved": stats["bytes_moved"],
+        "pages": held["pages"],
+        "resident_pages": held["resident_pages"],
+        "device_bytes": held["device_bytes_all_in"],
+        "bytes_moved": held["bytes_moved"],
     }
 
 

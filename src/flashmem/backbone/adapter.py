@@ -67,10 +67,10 @@ class LSADecoderLayer(stock.DeepseekV4DecoderLayer):
 
     def forward(self, hidden_states, input_ids=None, **kwargs):  # type: ignore[no-untyped-def]
         cache = kwargs.get("cache", kwargs.get("past_key_values"))
-        if not isinstance(getattr(cache, "step", None), FusedStep):
-            return super().forward(hidden_states, input_ids, **kwargs)
         with torch.cuda.device_of(hidden_states):  # Triton launches on the current device, wherever its tensors are
-            return self._one_token(hidden_states, input_ids, **kwargs)
+            if isinstance(getattr(cache, "step", None), FusedStep):
+                return self._one_token(hidden_states, input_ids, **kwargs)
+            return super().forward(hidden_states, input_ids, **kwargs)
 
     def _one_token(self, hidden_states: torch.Tensor, input_ids: torch.Tensor | None, **kwargs: Any) -> torch.Tensor:
         streams_BNE = hidden_states[:, 0]

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from ..kernels.hyper_connection import MOST_HIDDEN, MOST_STREAMS
-from ..kernels.kv_codec import KVFormatSpec, PlanarForm, encode_rows
+from ..kernels.kv_codec import KVFormatSpec, PlanarForm, encode_rows, exact_spec
 from ..kernels.paged import PagedRows, interleaved_form, overwrite, places
 from ..kernels.put_rows import put_rows
 from ..kernels.select_chunks import select_resident
@@ -63,7 +63,7 @@ class StepPlaces:
 
     def __init__(self, pool: StatePool, size: int, hca_rows: int) -> None:
         self.pool, self.size = pool, size
-        self.window_spec = _window_spec(pool)
+        self.window_spec = exact_spec(pool.dtype, pool.geometry.head_dim, pool.geometry.compress_rope.dim)
         self.devices = {
             device: _OnDevice(self, device, hca_rows) for device in dict.fromkeys(pool.device_of_layer.values())
         }
@@ -248,12 +248,6 @@ def check_fused(pool: StatePool, setting: str) -> None:
             raise ValueError(f"{asked} takes at most {most} {name}, the model has {value}")
     if g.index_head_dim & (g.index_head_dim - 1):
         raise ValueError(f"{asked} needs a power of two of index channels, the model has {g.index_head_dim}")
-
-
-def _window_spec(pool: StatePool) -> KVFormatSpec:
-    """Windows hold entries as they are."""
-    g = pool.geometry
-    return KVFormatSpec("fp32" if pool.dtype is torch.float32 else "bf16", g.head_dim, g.compress_rope.dim)
 
 
 __all__ = ["FusedStep", "FusedSteps", "PagesInPlace", "StepPlaces", "check_fused"]

@@ -12,7 +12,7 @@ from typing import Any, Protocol, cast
 
 import torch
 
-from ..kernels.kv_codec import KVFormatSpec, decode_rows, encode_rows
+from ..kernels.kv_codec import KVFormatSpec, decode_rows, encode_rows, exact_spec
 from ..kernels.paged import PagedRows, interleaved_form
 from ..kernels.select_chunks import topk_history
 from ..kernels.sparse_attention import EntrySource, attend_prefill_rows
@@ -45,12 +45,7 @@ class HistoryInPlace(LayerHistory, Protocol):
 class FusedPrefillStep(PrefillStep):
     """`PrefillStep` on Triton; nobody can observe its picks, since it has neither scores nor weights."""
 
-    def attend(
-        self, attention: Any, hidden: torch.Tensor, q_residual: torch.Tensor, q: torch.Tensor, kv: torch.Tensor,
-        rope: tuple[torch.Tensor, torch.Tensor],
-    ) -> torch.Tensor:  # fmt: skip
-        with torch.cuda.device_of(hidden):  # Triton launches on the current device
-            return super().attend(attention, hidden, q_residual, q, kv, rope)
+    attend_queries = staticmethod(attend_prefill_rows)
 
     def _csa_entries(
         self, compressor: Any, layer: int, total: int, hidden: torch.Tensor, q_residual: torch.Tensor,
@@ -67,21 +62,13 @@ class FusedPrefillStep(PrefillStep):
         return (lambda lo, hi: history.entries(picks_SK[lo:hi])), gathered
 
     def _hca_entries(self, rows_NE: torch.Tensor) -> tuple[Entries, int]:
-        g, exact = self.pool.geometry, "fp32" if self.pool.dtype is torch.float32 else "bf16"
+        g = self.pool.geometry
         # decoded once: every query reads them all
         entries_ND = decode_rows(self.pool.hca_format, rows_NE, self.pool.dtype)
-        spec = KVFormatSpec(exact, g.head_dim, 0)  # type: ignore[arg-type]
+        spec = exact_spec(self.pool.dtype, g.head_dim)
         rows = PagedRows(interleaved_form(spec.data_bytes, 0), [[encode_rows(spec, entries_ND)]], [len(entries_ND)])
         visible_S = self._visible(g.hca_ratio, rows_NE.device).to(torch.int32)
         return (lambda lo, hi: EntrySource(rows.shared_by(hi - lo, visible_S[lo:hi]), spec)), 0
-
-    def _attend(
-        self, attention: Any, q_SHD: torch.Tensor, window_kv: torch.Tensor, entries: Entries | None, per_query: int
-    ) -> torch.Tensor:
-        window = self.pool.geometry.sliding_window
-        return attend_prefill_rows(
-            q_SHD, window_kv, self.first, window, attention.sinks, attention.scaling, entries, per_query
-        )  # fmt: skip
 
 
 def _stored_tiles(history: HistoryInPlace) -> Iterator[tuple[int, torch.Tensor]]:

@@ -76,6 +76,9 @@ def index_query(
 class PrefillStep:
     """`count` tokens of one session, over its whole history."""
 
+    attend_queries: Callable[..., torch.Tensor] = staticmethod(attend_prefill)
+    """The prefill form of attention."""
+
     def __init__(
         self, state: SessionState, pages: PrefillPages, count: int, on_picks: PickObserver | None = None
     ) -> None:
@@ -107,7 +110,9 @@ class PrefillStep:
         elif kind == "hca" and len(rows := self._hca_rows(attention.compressor, layer, hidden[0])):
             entries, per_query = self._hca_entries(rows)
         self._remember(layer, "window", kv[0])
-        return self._attend(attention, q[0], window_kv, entries, per_query)[None]
+        return self.attend_queries(
+            q[0], window_kv, self.first, g.sliding_window, attention.sinks, attention.scaling, entries, per_query
+        )[None]  # fmt: skip
 
     def finish(self) -> None:
         """Apply what the layers left: rings, HCA entries, position. Pages are committed by their owner."""
@@ -222,14 +227,6 @@ class PrefillStep:
         index_N = torch.arange(len(rows_NE), device=rows_NE.device)
         visible_S = self._visible(self.pool.geometry.hca_ratio, rows_NE.device)
         return (lambda lo, hi: (entries_ND, index_N < visible_S[lo:hi, None])), len(rows_NE)
-
-    def _attend(
-        self, attention: Any, q_SHD: torch.Tensor, window_kv: torch.Tensor, entries: Entries | None, per_query: int
-    ) -> torch.Tensor:
-        window = self.pool.geometry.sliding_window
-        return attend_prefill(
-            q_SHD, window_kv, self.first, window, attention.sinks, attention.scaling, entries, per_query
-        )  # fmt: skip
 
 
 class BatchPrefillStep:

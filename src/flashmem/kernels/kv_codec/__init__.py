@@ -190,6 +190,11 @@ def _check_region(form: PlanarForm, region_RP: torch.Tensor) -> None:
         )
 
 
+def exact_spec(dtype: torch.dtype, head_dim: int, rope_dim: int = 0) -> KVFormatSpec:
+    """The format of entries that stay in the compute dtype, bf16 or fp32."""
+    return KVFormatSpec("fp32" if dtype is torch.float32 else "bf16", head_dim, rope_dim)
+
+
 __all__ = [
     "ALIGNMENT",
     "FP8_PAGE_MULTIPLE",
@@ -197,6 +202,7 @@ __all__ = [
     "PlanarForm",
     "decode_rows",
     "encode_rows",
+    "exact_spec",
     "get_planar",
     "get_planar_pages",
     "put_planar",

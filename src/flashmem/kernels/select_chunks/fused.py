@@ -21,6 +21,7 @@ import triton.language as tl
 from ..paged import PagedRows, key_form
 from ..score_chunks import FINISHED, QueryFinish, default_precision
 from ..score_chunks.fused import Precision, Tiles, prepare_queries, score_queries, score_ranks
+from ..tiles import MOST_QUERIES
 from ..triton_parts import largest, rank_bits
 
 MOST_PICKS = 1024
@@ -34,8 +35,6 @@ REGISTERS = 64
 """Most registers of a thread of a cut row: four blocks fit on a multiprocessor, and nothing is spilled."""
 RANK_BYTES = 256 << 20
 """Ranks that level 2 of a prefill holds at a time."""
-MOST_QUERIES = 1 << 15
-"""Queries of one launch: a grid has fewer than 65,536 programs in this dimension."""
 BLOCK_ORDER = 32
 """Winners that one program puts in order."""
 

@@ -14,9 +14,9 @@ from typing import Literal
 
 import torch
 
-from ..kv_codec import KVFormatSpec, decode_rows
+from ..kv_codec import KVFormatSpec, decode_rows, exact_spec
 from ..paged import PagedRows, interleaved_form
-from ..tiles import for_device
+from ..tiles import MOST_QUERIES, for_device
 from .reference import attend_reference, attention_weights_reference, band_mask
 
 KeySet = tuple[torch.Tensor, torch.Tensor]
@@ -32,8 +32,6 @@ QUERY_TILE = {"cpu": 64, "cuda": 512}
 
 GATHERED_BYTES = 256 << 20
 """Bytes of entries that one query tile of `attend_prefill_rows` may ask for, were its picks all distinct."""
-MOST_QUERIES = 1 << 15
-"""Queries of one launch: a grid has fewer than 65,536 programs in this dimension."""
 
 
 def attend(q_BHD: torch.Tensor, sets: Sequence[KeySet], sinks_H: torch.Tensor, scale: float) -> torch.Tensor:
@@ -168,7 +166,7 @@ def attend_prefill_rows(
             f"before them in {q_SHD.dtype}, got {past} in {window_kv.dtype}"
         )
     window_kv = window_kv.contiguous()
-    spec = KVFormatSpec("fp32" if q_SHD.dtype is torch.float32 else "bf16", dim, 0)
+    spec = exact_spec(q_SHD.dtype, dim)
     form = interleaved_form(spec.data_bytes, 0)
     ends_S = torch.arange(past + 1, past + 1 + queries, device=q_SHD.device)  # a query's own token is its last
     counts_S = ends_S.clamp(max=window)
