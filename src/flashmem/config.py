@@ -273,12 +273,16 @@ class LSAConfig:
     disk_budget_bytes: int | None = None
     disk_path: str | None = None
     """Directory of the disk tier; None means no disk tier."""
+    history_budget_bytes: int | None = None
+    """Bytes of the devices, beside the pool, that an append of several prefill forwards may hold the history in; 0: it
+    reads keys and entries from where they are for every forward. None: what the history needs, on devices that are no
+    CPU."""
     prefill_chunk: int = 512
     """Tokens per prefill forward."""
     kernels: Literal["reference", "fused"] = "reference"
     """What decode steps and level 1 run on: PyTorch over gathered entries, or Triton where they lie (CUDA only)."""
     prefill_kernels: Literal["reference", "fused"] = "reference"
-    """What prefill runs level 2 and attention on; on the reference where `Engine.on_prefill_picks` is set."""
+    """The same for prefill; on the reference where `Engine.on_prefill_picks` is set."""
     cuda_graphs: bool = False
     """Decode by replaying captured CUDA graphs: fused kernels, all layers on one device, and best a device budget."""
     seed: int = 0
@@ -317,6 +321,8 @@ class LSAConfig:
         for name in ("device_budget_bytes", "host_budget_bytes", "disk_budget_bytes"):
             if (value := getattr(self, name)) is not None and value <= 0:
                 raise ValueError(f"{name} must be positive, got {value}")
+        if self.history_budget_bytes is not None and self.history_budget_bytes < 0:
+            raise ValueError(f"history_budget_bytes must not be negative, got {self.history_budget_bytes}")
         if self.disk_budget_bytes is not None and self.disk_path is None:
             raise ValueError("disk_budget_bytes needs disk_path")
 
@@ -356,8 +362,8 @@ def check_sampling(*, max_new_tokens: int = 1, temperature: float = 0.0, top_p: 
 
 MODEL_DEFAULTS = "flashmem.json"
 _NOT_OF_A_MODEL = (
-    "device_budget_bytes", "max_sessions", "host_budget_bytes", "disk_budget_bytes", "disk_path", "seed", "kernels",
-    "prefill_kernels", "cuda_graphs",
+    "device_budget_bytes", "max_sessions", "host_budget_bytes", "disk_budget_bytes", "disk_path",
+    "history_budget_bytes", "seed", "kernels", "prefill_kernels", "cuda_graphs",
 )  # fmt: skip
 """What belongs to a machine or a run: a directory from elsewhere must not choose where we write."""
 

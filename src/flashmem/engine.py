@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -510,20 +511,37 @@ class Session:
         chunks = (first + len(ids)) // engine.geometry.csa_ratio
         self.cycle.admit(chunks)
         self.pages.ensure_room(chunks - self.pages.num_chunks)
-        for start in range(0, len(ids), engine.config.prefill_chunk):
-            now = ids[start : start + engine.config.prefill_chunk]
-            try:
-                step = engine._begin_prefill(self, len(now))
-                logits = engine.backbone.prefill(step, torch.tensor(now))
-            except BaseException:
-                engine._roll_back([self])
-                raise
-            engine._end_prefill(self, step)
-            self.ids[self.state.position - len(now) :] = now
-            self.next_logits = logits[0]
-            if on_progress is not None:
-                on_progress(start + len(now), len(ids))
+        with self._held_history(chunks, len(ids)):
+            for start in range(0, len(ids), engine.config.prefill_chunk):
+                self._run_chunk(ids[start : start + engine.config.prefill_chunk])
+                if on_progress is not None:
+                    on_progress(min(start + engine.config.prefill_chunk, len(ids)), len(ids))
         self.cycle.settle()
+
+    def _run_chunk(self, ids: list[int]) -> None:
+        """One forward of a prefill."""
+        engine = self.engine
+        try:
+            step = engine._begin_prefill(self, len(ids))
+            logits = engine.backbone.prefill(step, torch.tensor(ids))
+        except BaseException:
+            engine._roll_back([self])
+            raise
+        engine._end_prefill(self, step)
+        self.ids[self.state.position - len(ids) :] = ids
+        self.next_logits = logits[0]
+
+    def _held_history(self, num_chunks: int, tokens: int) -> AbstractContextManager[object]:
+        """Hold the history on the devices while so many tokens are read, if that spares anything.
+
+        It does not for a single forward, nor where all pages stay on the device anyway.
+        """
+        config = self.engine.config
+        budget = config.history_budget_bytes
+        on_cpu = all(device.type == "cpu" for device in self.engine.layout.devices)
+        if tokens <= config.prefill_chunk or self.cycle.keeps_all or budget == 0 or (budget is None and on_cpu):
+            return nullcontext()
+        return self.pages.held_history(num_chunks, budget)
 
     def _flush(self) -> None:
         """Run a token that was generated but not run; make sure that there is something to continue from."""

@@ -132,7 +132,9 @@ class PrefillPages(Protocol):
         """Make room for `count` chunks after `num_chunks`; raises BudgetError before anything changes."""
         ...
 
-    def write(self, layer: int, kv_ND: torch.Tensor, keys_NI: torch.Tensor) -> None:
+    def write(
+        self, layer: int, kv_ND: torch.Tensor, keys_NI: torch.Tensor, *, impl: Literal["fused"] | None = None
+    ) -> None:
         """Store one layer's entries of the N chunks that follow `num_chunks` (uncommitted)."""
         ...
 

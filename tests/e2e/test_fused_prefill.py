@@ -39,6 +39,7 @@ def same(sessions: tuple[Session, ...]) -> None:
     ("layers", "options", "tile"),
     [
         ("CH", {"policy": "all"}, 5),
+        ("C", {"history_budget_bytes": 1 << 20}, 5),
         pytest.param("C", {"kv_format": "fp8"}, 65_536, marks=pytest.mark.slow),
         pytest.param("CHWC", {"kv_format": "fp8"}, 5, marks=pytest.mark.slow),
         pytest.param("CHWC", {}, 5, marks=pytest.mark.slow),

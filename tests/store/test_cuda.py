@@ -125,9 +125,9 @@ def test_a_copy_out_waits_for_the_writer_of_its_slot(monkeypatch: pytest.MonkeyP
     session, chunks = store.open_session(), Chunks(store.layout, torch.float32)
     write = PageStore.write_entries
 
-    def late(*arguments: object) -> object:
+    def late(*arguments: object, **options: object) -> object:
         torch.cuda._sleep(LONG // 3)
-        return write(*arguments)  # type: ignore[arg-type]
+        return write(*arguments, **options)  # type: ignore[arg-type]
 
     monkeypatch.setattr(PageStore, "write_entries", late)
     append(session, chunks, PAGE, torch.Generator().manual_seed(0))

@@ -12,7 +12,7 @@ import pytest
 import torch
 from store_cases import make_layout
 
-from flashmem.store import DevicePool, DiskTier, HostMirror, MappedRecords
+from flashmem.store import DevicePool, DiskTier, HostMirror, MappedRecords, host
 from flashmem.store.records import RecordStore
 from flashmem.types import BudgetError, DamagedError
 
@@ -21,12 +21,18 @@ SIZE = LAYOUT.record_bytes
 MakeTier = Callable[[int | None], RecordStore]
 
 
-@pytest.fixture(params=["host", "disk", "shared"])
-def make_tier(request: pytest.FixtureRequest, tmp_path: Path) -> MakeTier:
+@pytest.fixture(params=["host", "pinned", "disk", "shared"])
+def make_tier(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MakeTier:
+    """A pinned mirror has memory of another kind; to pin it takes a device."""
+    for name in ("_pin", "_unpin"):
+        monkeypatch.setattr(host, name, lambda memory: None)
+
     def make(budget: int | None) -> RecordStore:
         if request.param == "disk":
             return DiskTier(SIZE, str(tmp_path / "tier"), budget)
-        return HostMirror(LAYOUT, budget, shared_dir=str(tmp_path) if request.param == "shared" else None)
+        mirror = HostMirror(LAYOUT, budget, shared_dir=str(tmp_path) if request.param == "shared" else None)
+        mirror.pinned = request.param == "pinned"
+        return mirror
 
     return make
 

@@ -20,7 +20,7 @@ from ..config import ModelGeometry
 from ..kernels.hyper_connection import Connection, collapse, spread
 from ..kernels.norm_rope import norm_rope
 from .fused import FusedStep
-from .steps import DecodeStep, PrefillStep
+from .steps import DecodeStep, PrefillStep, Step
 
 
 class LSAAttention(stock.DeepseekV4Attention):
@@ -33,8 +33,8 @@ class LSAAttention(stock.DeepseekV4Attention):
         if cache.step is None:
             raise RuntimeError("this cache has no forward in progress: call the model that flashmem is attached to")
         rope = cos, sin = position_embeddings[self.rope_layer_type]
-        if isinstance(cache.step, FusedStep):
-            return self._one_token(cache.step, hidden_states, rope), None
+        if cache.step.fused:
+            return self._fused(cache.step, hidden_states, rope), None
         q_residual = self.q_a_norm(self.q_a_proj(hidden_states))
         q = self.q_b_norm(self.q_b_proj(q_residual).unflatten(-1, (-1, self.head_dim)))
         q = stock.apply_rotary_pos_emb(q, cos, sin, unsqueeze_dim=2)
@@ -44,10 +44,8 @@ class LSAAttention(stock.DeepseekV4Attention):
         out = stock.apply_rotary_pos_emb(out, cos, -sin, unsqueeze_dim=2)  # V carries its position: take it off
         return self._project_out(out), None
 
-    def _one_token(
-        self, step: FusedStep, hidden: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor]
-    ) -> torch.Tensor:
-        """The same for one token of each session: a norm and its rotary embedding are one launch."""
+    def _fused(self, step: Step, hidden: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        """The same in a fused step: a norm and its rotary embedding are one launch."""
         norm = self.q_a_norm
         q_residual = norm_rope(self.q_a_proj(hidden), eps=norm.variance_epsilon, weight_D=norm.weight, impl="fused")
         q = self.q_b_proj(q_residual).unflatten(-1, (-1, self.head_dim))
@@ -68,20 +66,20 @@ class LSADecoderLayer(stock.DeepseekV4DecoderLayer):
     def forward(self, hidden_states, input_ids=None, **kwargs):  # type: ignore[no-untyped-def]
         cache = kwargs.get("cache", kwargs.get("past_key_values"))
         with torch.cuda.device_of(hidden_states):  # Triton launches on the current device, wherever its tensors are
-            if isinstance(getattr(cache, "step", None), FusedStep):
-                return self._one_token(hidden_states, input_ids, **kwargs)
+            if getattr(getattr(cache, "step", None), "fused", False):
+                return self._fused(hidden_states, input_ids, **kwargs)
             return super().forward(hidden_states, input_ids, **kwargs)
 
-    def _one_token(self, hidden_states: torch.Tensor, input_ids: torch.Tensor | None, **kwargs: Any) -> torch.Tensor:
-        streams_BNE = hidden_states[:, 0]
-        post, comb, normed_BE = collapse(streams_BNE, _connection(self.attn_hc, self.input_layernorm), impl="fused")
-        out, _ = self.self_attn(normed_BE[:, None], **kwargs)
-        streams_BNE = spread(out[:, 0], post, comb, streams_BNE, impl="fused")
+    def _fused(self, hidden_states: torch.Tensor, input_ids: torch.Tensor | None, **kwargs: Any) -> torch.Tensor:
+        """T tokens, of whatever sessions: their streams [T, N, E] and inputs of blocks [T, E] know of no sessions."""
+        shape, streams_TNE = hidden_states.shape[:2], hidden_states.flatten(0, 1)
+        post, comb, normed_TE = collapse(streams_TNE, _connection(self.attn_hc, self.input_layernorm), impl="fused")
+        out, _ = self.self_attn(normed_TE.unflatten(0, shape), **kwargs)
+        streams_TNE = spread(out.flatten(0, 1), post, comb, streams_TNE, impl="fused")
         connection = _connection(self.ffn_hc, self.post_attention_layernorm)
-        post, comb, normed_BE = collapse(streams_BNE, connection, impl="fused")
-        out = self.mlp(normed_BE[:, None], input_ids=input_ids)
-        streams_BNE = spread(out[:, 0], post, comb, streams_BNE, impl="fused")
-        return streams_BNE[:, None]
+        post, comb, normed_TE = collapse(streams_TNE, connection, impl="fused")
+        out = self.mlp(normed_TE.unflatten(0, shape), input_ids=input_ids)
+        return spread(out.flatten(0, 1), post, comb, streams_TNE, impl="fused").unflatten(0, shape)
 
 
 def _connection(module: Any, norm: Any) -> Connection:

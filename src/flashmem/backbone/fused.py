@@ -121,6 +121,8 @@ class _OnDevice:
 class FusedStep(TokenStep):
     """One token of each session of a batch, over its resident pages; see `steps.DecodeStep` for what it computes."""
 
+    fused = True
+
     def __init__(self, states: Sequence[SessionState], places: StepPlaces, pages: PagesInPlace) -> None:
         super().__init__(states)
         self.places, self.pages = places, pages

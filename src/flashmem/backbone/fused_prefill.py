@@ -1,7 +1,7 @@
 """A prefill on the fused kernels: level 2 and attention treat every query as a session whose rows others share.
 
-Keys are scored as they are stored, window and HCA entries are read in place, and so are picked entries as long as all
-pages are on the device; else the distinct ones are gathered. All else is `steps.PrefillStep`.
+Keys are scored as they are stored, window and HCA entries are read in place, and so are picked entries as long as the
+history is on the device; else the distinct ones are gathered. All else is `steps.PrefillStep`.
 Shape letters: S = tokens, E = bytes of an entry, H = heads, D = head_dim, I = index_head_dim, K = picks, N = entries.
 """
 
@@ -45,6 +45,7 @@ class HistoryInPlace(LayerHistory, Protocol):
 class FusedPrefillStep(PrefillStep):
     """`PrefillStep` on Triton; nobody can observe its picks, since it has neither scores nor weights."""
 
+    fused = True
     attend_queries = staticmethod(attend_prefill_rows)
 
     def _csa_entries(

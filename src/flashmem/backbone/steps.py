@@ -48,6 +48,11 @@ PickObserver = Callable[[int, Picks], None]
 
 
 class Step(Protocol):
+    @property
+    def fused(self) -> bool:
+        """Whether layers run norms, rotary embeddings and residual streams on the fused kernels."""
+        ...
+
     def attend(
         self, attention: Any, hidden: torch.Tensor, q_residual: torch.Tensor, q: torch.Tensor, kv: torch.Tensor,
         rope: tuple[torch.Tensor, torch.Tensor],
@@ -76,6 +81,7 @@ def index_query(
 class PrefillStep:
     """`count` tokens of one session, over its whole history."""
 
+    fused = False
     attend_queries: Callable[..., torch.Tensor] = staticmethod(attend_prefill)
     """The prefill form of attention."""
 
@@ -167,7 +173,7 @@ class PrefillStep:
         kv = self._csa_windows(compressor, layer, "", hidden_SE, first_chunk, total - first_chunk)
         keys = self._csa_windows(compressor.indexer, layer, "index_", hidden_SE, first_chunk, total - first_chunk)
         if total > first_chunk:
-            self.pages.write(layer, kv, keys)
+            self.pages.write(layer, kv, keys, impl="fused" if self.fused else None)
         return total
 
     def _csa_entries(
@@ -231,6 +237,8 @@ class PrefillStep:
 
 class BatchPrefillStep:
     """The same number of tokens of each of several sessions, one session after the other in every layer."""
+
+    fused = False
 
     def __init__(self, steps: Sequence[PrefillStep]) -> None:
         self.steps = list(steps)
@@ -300,6 +308,8 @@ class TokenStep:
 
 class DecodeStep(TokenStep):
     """One token of each of B sessions, over their resident pages."""
+
+    fused = False
 
     def __init__(
         self, states: Sequence[SessionState], pages: DecodePages, on_picks: PickObserver | None = None

@@ -52,18 +52,20 @@ class _Prefill:
 
 def run(
     model: Any, *, config: LSAConfig, indexer: Any, first: int, lengths: Sequence[int], limits: Limits,
-    kernels: Sequence[Literal["reference", "fused"]] = ("reference",), on_row: report.OnRow = report.unheard,
+    stock_chunk: int = 2048, kernels: Sequence[Literal["reference", "fused"]] = ("reference",),
+    on_row: report.OnRow = report.unheard,
 ) -> dict[str, Any]:  # fmt: skip
     """Rows of all paths, and ours over the stock ones at their longest lengths; raises AssertionError for wrong logits.
 
-    `lengths` are what our paths, one for each of `kernels`, are measured at beside the longest ones of the stock model.
+    `lengths` are what our paths, one for each of `kernels`, are measured at beside the longest ones of the stock model,
+    which in pieces runs `stock_chunk` tokens at a time.
     """
     device = model.model.embed_tokens.weight.device
     vocabulary = model.config.vocab_size
     ids = torch.randint(vocabulary, (max(first, *lengths, 2),), generator=torch.Generator().manual_seed(1)).tolist()
     stock = [
         _Prefill(WHOLE, lambda ids: _whole(model, ids), on_row),
-        _Prefill(PIECES, lambda ids: _in_pieces(model, ids, config.prefill_chunk), on_row),
+        _Prefill(PIECES, lambda ids: _in_pieces(model, ids, stock_chunk), on_row),
     ]
     configs = [replace(config, prefill_kernels=each) for each in kernels]
     ours = [_our_path(model, indexer, each, limits.our_seconds, on_row) for each in configs]
@@ -87,6 +89,7 @@ def run(
         "device": str(device),
         "dtype": str(model.model.embed_tokens.weight.dtype).removeprefix("torch."),
         "prefill_chunk": config.prefill_chunk,
+        "stock_chunk": stock_chunk,
         "page_chunks": config.page_chunks,
         "keep": config.keep,
         "tolerance": TOLERANCE,

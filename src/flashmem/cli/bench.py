@@ -296,7 +296,8 @@ def prefill(
     ] = None,
     seconds: Annotated[float, typer.Option(help="Try no stock prefill that would take longer.")] = 60,
     our_seconds: Annotated[float, typer.Option(help="End a prefill of ours after this long.")] = 400,
-    prefill_chunk: Annotated[int, typer.Option(help="Tokens at a time, ours and the stock model's in pieces.")] = 2048,
+    prefill_chunk: Annotated[int, typer.Option(help="Tokens at a time of our own prefills.")] = 2048,
+    stock_chunk: Annotated[int, typer.Option(help="Tokens at a time of the stock model in pieces.")] = 2048,
     prefill_kernels: Annotated[
         Literal["reference", "fused", "both"] | None,
         typer.Option(help="What our own prefills run on.", show_default="both on CUDA, else reference"),
@@ -335,7 +336,8 @@ def prefill(
         "prefill_stock", out, json,
         lambda save: bench.run(
             loaded, config=config, indexer=indexer, first=start, lengths=lengths, limits=limits,
-            kernels=("reference", "fused") if chosen == "both" else (chosen,), on_row=_rows(save, {}),
+            stock_chunk=stock_chunk, kernels=("reference", "fused") if chosen == "both" else (chosen,),
+            on_row=_rows(save, {}),
         ),
         lambda result: [_prefill_table(result), _ratio_table(result)],
     )  # fmt: skip

@@ -96,6 +96,10 @@ class EngineOptions:
     ] = None
     disk_budget: Annotated[int | None, _lsa("none", "Bytes of the disk tier.", parser=_bytes, metavar="BYTES")] = None
     disk_path: Annotated[str | None, _lsa("no disk tier", "Directory of the disk tier.")] = None
+    history_budget: Annotated[
+        int | None,
+        _lsa("as needed", "Bytes of the device that hold the history in a prefill.", parser=_bytes, metavar="BYTES"),
+    ] = None
     seed: Annotated[int, typer.Option(help="Seed of sampling and of the random policy.")] = 0
 
     def config(self, memory: Mapping[str, Any] | None = None) -> LSAConfig:
@@ -120,6 +124,7 @@ class EngineOptions:
             "host_budget_bytes": self.host_budget,
             "disk_budget_bytes": self.disk_budget,
             "disk_path": self.disk_path,
+            "history_budget_bytes": self.history_budget,
             "seed": self.seed,
         }
         saved = {name: memory.get(name) for name in _IDENTITY} if memory is not None else {}

@@ -110,7 +110,8 @@ def run_items(
 def describe(engine: Engine, items: ItemSet, contenders: Sequence[Contender], config: RunConfig) -> dict[str, Any]:
     """What makes two runs the same: their samples may stand in one directory."""
     lsa = asdict(engine.config)
-    for name in ("disk_path", "host_budget_bytes", "disk_budget_bytes"):  # where bytes wait changes no answer
+    # where bytes wait changes no answer
+    for name in ("disk_path", "host_budget_bytes", "disk_budget_bytes", "history_budget_bytes"):
         lsa.pop(name)
     return {
         "items_sha256": items.sha256,

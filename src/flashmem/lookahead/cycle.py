@@ -77,16 +77,21 @@ class Cycle:
     def admit(self, num_chunks: int) -> None:
         """Raise BudgetError if what this policy selects of that many chunks cannot be held."""
         view = self._view(-(-num_chunks // self.config.page_chunks), num_chunks)
-        if isinstance(self.policy, AllPages):
+        if self.keeps_all:
             self.share.admit(view.num_pages)
         elif isinstance(self.policy, Budget):
             self.share.admit(self.policy.resident_pages(view))
+
+    @property
+    def keeps_all(self) -> bool:
+        """Whether every page stays on the device."""
+        return isinstance(self.policy, AllPages)
 
     def before_prefill_chunk(self) -> None:
         """Leave on the device the last selection and the always-kept pages, so that the chunk's pages fit."""
         self._cancel()
         self.due = True
-        if isinstance(self.policy, AllPages):
+        if self.keeps_all:
             return
         always = set(self._always(self.pages.num_pages))
         keep, capacity = always | set(self.selection.pages), self.share.capacity

@@ -106,7 +106,7 @@ class DecodeBatch:
         slots_N = to_device(torch.tensor(slots, dtype=torch.int64), device)
         offsets = [chunk % chunks_per_page for chunk in chunks]
         offsets_N = to_device(torch.tensor(offsets, dtype=torch.int64), device)
-        index_rows = store.write_entries(layer, slots_N, offsets_N, kv_ND, keys_NI)
+        index_rows = store.write_entries(layer, slots_N, offsets_N, kv_ND, keys_NI).index_rows
         if index_rows is not None:
             for session, chunk, row in zip(sessions, chunks, index_rows, strict=True):
                 session.all_index_rows(layer)[chunk] = row

@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import heapq
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from itertools import groupby
 
 import torch
 
@@ -107,12 +108,11 @@ class DevicePool:
 
     def copy_in(self, runs: Sequence[Run]) -> Ticket:
         """Enqueue copies of host records into slots on the side streams; the ticket says when they are done."""
-        for side, event in zip(self._sides, self._given_back, strict=True):
-            side.wait(event)
-        for part, pool, side in zip(self.layout.parts, self.parts, self._sides, strict=True):
-            with side.current():
-                self.copies.to_device(part, pool, runs, side.handle)
-        return tuple(side.now() for side in self._sides)
+        return self._copy_in(self._given_back, self.parts, runs)
+
+    def copy_to(self, parts: Sequence[torch.Tensor], runs: Sequence[Run]) -> Ticket:
+        """Enqueue copies of host records into tensors like the pool's, after what the compute streams hold now."""
+        return self._copy_in(self._now(), parts, runs)
 
     def copy_out(self, runs: Sequence[Run]) -> Ticket:
         """Copy slots into host records on the side streams, after what the compute streams hold now.
@@ -167,6 +167,14 @@ class DevicePool:
         if stray := self._busy.keys() - set(self._free):
             raise RuntimeError(f"device: slots {sorted(stray)} are busy but not free")
 
+    def _copy_in(self, after: Ticket, pools: Sequence[torch.Tensor], runs: Sequence[Run]) -> Ticket:
+        for side, event in zip(self._sides, after, strict=True):
+            side.wait(event)
+        for part, pool, side in zip(self.layout.parts, pools, self._sides, strict=True):
+            with side.current():
+                self.copies.to_device(part, pool, runs, side.handle)
+        return tuple(side.now() for side in self._sides)
+
     def _take(self, count: int, owner: int) -> list[int]:
         if count > len(self._free):
             if self.budget_bytes is not None:
@@ -198,13 +206,20 @@ class DevicePool:
         return pool.fill_(POISON) if self.poison else pool
 
     def _fill(self, slots: Sequence[int], value: int) -> None:
-        for pool in self.parts:
-            for slot in slots:
-                pool[slot].fill_(value)
+        for first, last in _neighbours(sorted(slots)):
+            for pool in self.parts:
+                pool[first : last + 1].fill_(value)
 
     def _now(self) -> Ticket:
         """A ticket of everything the compute streams hold now."""
         return tuple(_record(device) for device in self.layout.devices)
+
+
+def _neighbours(slots: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """First and last of every run of neighbours among sorted slots."""
+    for _, run in groupby(enumerate(slots), lambda pair: pair[1] - pair[0]):
+        found = [slot for _, slot in run]
+        yield found[0], found[-1]
 
 
 def _free_bytes(device: torch.device) -> int:

@@ -34,7 +34,9 @@ class History:
         self._store = store
         self._layer = layer
         self._device = store.layout.device_of(layer)
-        self._tables: PageTables = pages.tables()
+        held = pages.held_rows()
+        self._held_keys = None if held is None else held.keys.get(layer)
+        self._held_kv = None if held is None else held.kv.get(layer)
 
     def keys(self, first: int, last: int) -> torch.Tensor:
         """Index keys [last - first, I] of chunks first..last-1, in the compute dtype, on the layer's device."""
@@ -50,6 +52,8 @@ class History:
             raise ValueError(f"chunks {first}..{last} are not within 0..{self.num_chunks}")
         layout = self._store.layout
         region = layout.key_regions.get(self._layer)
+        if self._held_keys is not None:
+            return self._held_keys[first:last]
         if region is None:
             return self._pages.all_index_rows(self._layer)[first:last]
         first_page = first // layout.page_chunks
@@ -59,22 +63,31 @@ class History:
 
     def kv(self, chunk_ids: torch.Tensor) -> torch.Tensor:
         """KV entries [..., D] of chunk ids (int64, each in 0..num_chunks-1); every chunk is moved once."""
+        if self._held_kv is not None:
+            rows_NE = self._held_kv.index_select(0, chunk_ids.reshape(-1))
+            kv_ND = decode_rows(self._store.layout.kv_spec, rows_NE, self._store.dtype)
+            return kv_ND.view(*chunk_ids.shape, kv_ND.shape[-1])
         rows_UE, place_N = self._distinct(chunk_ids.reshape(-1))
         kv_UD = decode_rows(self._store.layout.kv_spec, rows_UE, self._store.dtype)
         return kv_UD.index_select(0, place_N.to(kv_UD.device)).view(*chunk_ids.shape, kv_UD.shape[-1])
 
     @property
     def on_device(self) -> bool:
-        """Whether all pages of the history are in the device pool."""
-        return bool((self._slots >= 0).all())
+        """Whether all entries of the history are on the device: held there, or in the pool."""
+        return self._held_kv is not None or bool((self._slots >= 0).all())
 
     def entries(self, picks_SK: torch.Tensor) -> EntrySource:
         """KV entries of picked chunk ids (int64, -1 for none) of S queries, where they lie.
 
-        That is in the pool if all pages are there. Else the distinct ones are gathered first, for which the host waits.
+        That is among the held rows, or in the pool if all pages are there. Else the distinct ones are gathered first,
+        for which the host waits.
         """
         layout, queries = self._store.layout, len(picks_SK)
         region, chunks = layout.kv_regions[self._layer], layout.page_chunks
+        dense = interleaved_form(region.form.data_bytes, region.form.tail_bytes)
+        if self._held_kv is not None:
+            rows = PagedRows(dense, [[self._held_kv]], [self.num_chunks])
+            return EntrySource(rows.shared_by(queries), layout.kv_spec, picks_SK)
         ids_SK = picks_SK.clamp_min(0)
         if self.on_device:
             slots_P = to_device(self._slots, self._device)
@@ -84,9 +97,12 @@ class History:
         else:
             rows_UE, place_N = self._distinct(ids_SK.flatten())
             place_SK = place_N.view(ids_SK.shape)
-            form = interleaved_form(region.form.data_bytes, region.form.tail_bytes)
-            rows = PagedRows(form, [[rows_UE]], [len(rows_UE)])
+            rows = PagedRows(dense, [[rows_UE]], [len(rows_UE)])
         return EntrySource(rows.shared_by(queries), layout.kv_spec, place_SK.masked_fill(picks_SK < 0, -1))
+
+    @property
+    def _tables(self) -> PageTables:
+        return self._pages.tables()
 
     @property
     def _slots(self) -> torch.Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -143,17 +144,25 @@ class RecordLayout:
         """CSA layers in the order of their bytes: records of equal sizes and orders are interchangeable."""
 
 
+class EncodedRows(NamedTuple):
+    """Rows uint8 [N, bytes] of one layer's chunks; None where the layer has no such rows."""
+
+    kv: torch.Tensor
+    """As records hold them."""
+    keys: torch.Tensor | None
+    """As records hold them: not those of a target layer in fp8."""
+    index_rows: torch.Tensor | None
+    """Index rows of a target layer."""
+
+
 def encode_entries(
     layout: RecordLayout, layer: int, kv_ND: torch.Tensor, keys_NI: torch.Tensor, *, impl: Impl | None = None
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """Rows uint8 [N, bytes] of entries and keys as records hold them, and the index rows of a target layer.
-
-    None where the layer has no such rows: keys of target layers in fp8, index rows of other layers.
-    """
+) -> EncodedRows:
+    """Entries and keys as they are stored."""
     is_target, exact = layer in layout.target_layers, layout.kv_spec.exact_dtype
     index_rows = encode_index_rows(keys_NI, impl=impl) if is_target or exact is None else None
     key_rows = index_rows if exact is None else keys_NI.to(exact).contiguous().view(torch.uint8)
-    return (
+    return EncodedRows(
         encode_rows(layout.kv_spec, kv_ND, impl=impl),
         key_rows if layer in layout.key_regions else None,
         index_rows if is_target else None,
@@ -168,4 +177,4 @@ def _with_index(device: torch.device) -> torch.device:
     return device
 
 
-__all__ = ["RecordLayout", "RecordPart", "Region", "encode_entries"]
+__all__ = ["EncodedRows", "RecordLayout", "RecordPart", "Region", "encode_entries"]

@@ -10,9 +10,9 @@ Shape letters: N = chunks, D = head_dim, I = index_head_dim, R = bytes of an ind
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -24,13 +24,16 @@ from .batch import DecodeBatch
 from .copies import Run
 from .device import DevicePool, Ticket
 from .disk import DiskTier
+from .held import HeldRows
 from .history import History
 from .host import HostMirror
-from .layout import RecordLayout, encode_entries
+from .layout import EncodedRows, RecordLayout, encode_entries
 from .records import Records, RecordStore, StackedRecords
 from .resident import ResidentRows
 
 HOST, DISK, SAVED = 0, 1, 2
+STAGED_BYTES = 256 << 20
+"""Of records on their way to `held_history`."""
 MOST_SIZES = 64
 """Objects that `rows_in_place` keeps before it starts anew."""
 _TIER_NAMES = ("host", "disk", "saved")
@@ -167,18 +170,19 @@ class PageStore:
             session.check()
 
     def write_entries(
-        self, layer: int, slots_N: torch.Tensor, offsets_N: torch.Tensor, kv_ND: torch.Tensor, keys_NI: torch.Tensor
-    ) -> torch.Tensor | None:
-        """Write entries of one layer into the pool; returns their index rows [N, R] if the layer is a target."""
+        self, layer: int, slots_N: torch.Tensor, offsets_N: torch.Tensor, kv_ND: torch.Tensor, keys_NI: torch.Tensor,
+        *, impl: Literal["fused"] | None = None,
+    ) -> EncodedRows:  # fmt: skip
+        """Write entries of one layer into the pool; returns their rows."""
         layout = self.layout
-        kv_rows, key_rows, index_rows = encode_entries(layout, layer, kv_ND, keys_NI)
+        rows = encode_entries(layout, layer, kv_ND, keys_NI, impl=impl)
         region, key_region = layout.kv_regions[layer], layout.key_regions.get(layer)
         pool = self.pool.parts[region.part]
-        put_planar(region.form, region.of_part(pool), slots_N, offsets_N, kv_rows)
+        put_planar(region.form, region.of_part(pool), slots_N, offsets_N, rows.kv)
         if key_region is not None:
-            assert key_rows is not None
-            put_planar(key_region.form, key_region.of_part(pool), slots_N, offsets_N, key_rows)
-        return index_rows
+            assert rows.keys is not None
+            put_planar(key_region.form, key_region.of_part(pool), slots_N, offsets_N, rows.keys)
+        return rows
 
     def check_room(self, count: int) -> None:
         """Raise BudgetError unless host and disk together have room for `count` more records."""
@@ -224,10 +228,11 @@ class SessionPages:
         self.reserved_chunks = 0
         """Chunks that fit in the pages that are there: `num_chunks` and what `reserve` asked for."""
         self.traffic = Traffic()
-        self._slots: list[int] = []  # by page, reserved pages included; -1 is not resident
+        self._slots: dict[int, int] = {}  # by page: those on the device, reserved ones included
         self._homes: list[Home | None] = []  # by page; also of pages that the reserved chunks will complete
         self._saved: Records | None = None
         self._pending: _Prefetch | None = None
+        self._held: HeldRows | None = None
         self._tables: PageTables | None = None
         self._placed: list[tuple[int, int]] | None = None
         self._resident: tuple[tuple[int, int], tuple[int, ...]] | None = None
@@ -246,7 +251,7 @@ class SessionPages:
         """Pages of the live table."""
         state = (self.table_version, self.num_pages)
         if self._resident is None or self._resident[0] != state:
-            self._resident = (state, tuple(page for page in range(self.num_pages) if self._slots[page] >= 0))
+            self._resident = (state, tuple(sorted(page for page in self._slots if page < self.num_pages)))
         return self._resident[1]
 
     @property
@@ -298,7 +303,8 @@ class SessionPages:
         layout, store = self.store.layout, self.store
         end = max(self.reserved_chunks, self.num_chunks + count)
         homeless = self._homeless(end // layout.page_chunks)
-        new_pages = layout.pages(end) - len(self._slots)
+        there = len(self._homes)
+        new_pages = layout.pages(end) - there
         with ExitStack() as undo:
             homes = store.take_homes(len(homeless))
             undo.callback(store.give_back_homes, homes)
@@ -306,7 +312,7 @@ class SessionPages:
             undo.callback(store.pool.give_back, slots)
             self._grow_rows(end)
             undo.pop_all()
-        self._slots += slots
+        self._slots.update(zip(range(there, there + new_pages), slots, strict=True))
         self._homes += [None] * new_pages
         for page, home in zip(homeless, homes, strict=True):
             self._homes[page] = home
@@ -319,16 +325,17 @@ class SessionPages:
         self._check_usable()
         complete = self._complete
         surplus = [home for home in self._homes[complete:] if home is not None]
-        slots = self._slots[self.num_pages :]
+        slots = [self._slots.pop(page) for page in range(self.num_pages, len(self._homes))]
         self._homes[complete:] = [None] * (self.num_pages - complete)
-        del self._slots[self.num_pages :]
         self.store.give_back_homes(surplus)
         self.reserved_chunks = self.num_chunks
         if slots:
             self.store.pool.give_back(slots)
             self._changed()
 
-    def write(self, layer: int, kv_ND: torch.Tensor, keys_NI: torch.Tensor) -> None:
+    def write(
+        self, layer: int, kv_ND: torch.Tensor, keys_NI: torch.Tensor, *, impl: Literal["fused"] | None = None
+    ) -> None:
         """Store one layer's entries of the N chunks that follow `num_chunks` (uncommitted)."""
         count = kv_ND.shape[0]
         if keys_NI.shape[0] != count:
@@ -339,12 +346,38 @@ class SessionPages:
         if not count:
             return
         layout = self.store.layout
-        chunks_N = torch.arange(self.num_chunks, self.num_chunks + count)
-        slots_N = to_device(self.tables().slots[chunks_N // layout.page_chunks], layout.device_of(layer))
+        first, last = self.num_chunks, self.num_chunks + count
+        chunks_N, first_page = torch.arange(first, last), first // layout.page_chunks
+        slots_P = torch.tensor([self._slots[page] for page in range(first_page, layout.pages(last))])
+        slots_N = to_device(slots_P[chunks_N // layout.page_chunks - first_page], layout.device_of(layer))
         offsets_N = to_device(chunks_N % layout.page_chunks, layout.device_of(layer))
-        rows_NR = self.store.write_entries(layer, slots_N, offsets_N, kv_ND, keys_NI)
-        if rows_NR is not None:
-            self._index_rows[layer][self.num_chunks : self.num_chunks + count] = rows_NR
+        rows = self.store.write_entries(layer, slots_N, offsets_N, kv_ND, keys_NI, impl=impl)
+        if rows.index_rows is not None:
+            self._index_rows[layer][first:last] = rows.index_rows
+        if self._held is not None:
+            self._held.put(layer, first, rows)
+
+    @contextmanager
+    def held_history(self, num_chunks: int, budget_bytes: int | None) -> Iterator[HeldRows]:
+        """Hold the history on the layers' devices, up to that many chunks: prefill reads it from there.
+
+        It takes at most the budget, beside the pool (None: what it needs). Chunks written meanwhile are held as well.
+        Raises DamagedError or the device's out-of-memory error before anything changes.
+        """
+        self._check_usable()
+        if self._held is not None:
+            raise ValueError("the history is held already")
+        held = HeldRows(self.store.layout, max(num_chunks, self.num_chunks), budget_bytes)
+        self._load(held)
+        self._held = held
+        try:
+            yield held
+        finally:
+            self._held = None
+
+    def held_rows(self) -> HeldRows | None:
+        """What `held_history` holds now."""
+        return self._held
 
     def history(self, layer: int, num_chunks: int) -> History:
         """Readable view of the first `num_chunks` chunks, uncommitted ones of this layer included."""
@@ -386,7 +419,7 @@ class SessionPages:
         check_sorted_unique(wanted, self.num_pages)
         if self._complete < self.num_pages and self._complete not in wanted:
             raise ValueError(f"the page being filled, {self._complete}, must stay resident")
-        missing = [page for page in wanted if self._slots[page] < 0]
+        missing = [page for page in wanted if page not in self._slots]
         by_tier = self._by_tier(missing)
         for tier, pages in by_tier.items():
             self.tier(tier).verify(self._record_of(page) for page in pages)
@@ -473,7 +506,7 @@ class SessionPages:
         for layer in layout.target_layers:
             self._index_rows[layer][:num_chunks] = index_rows[layer]
         self._saved = mapped
-        self._slots = [-1] * complete + slots
+        self._slots = dict(zip(tail, slots, strict=True))
         self._homes = [Home(SAVED, page) for page in range(complete)] + [None] * len(tail)
         self.num_chunks = self.reserved_chunks = num_chunks
         self._count_to_device(len(tail))
@@ -484,9 +517,9 @@ class SessionPages:
         if self._closed:
             return
         self.cancel_prefetch()
-        self.store.pool.give_back([slot for slot in self._slots if slot >= 0])
+        self.store.pool.give_back(list(self._slots.values()))
         self.store.give_back_homes(self.homes())
-        self._slots, self._homes, self._index_rows, self._saved = [], [], {}, None
+        self._slots, self._homes, self._index_rows, self._saved, self._held = {}, [], {}, None, None
         self.num_chunks = self.reserved_chunks = 0
         self._changed()
         self._closed = True
@@ -510,13 +543,12 @@ class SessionPages:
     def placed_pages(self) -> list[tuple[int, int]]:
         """(page, slot) of the live table and of reserved pages, by page."""
         if self._placed is None:
-            self._placed = [(page, slot) for page, slot in enumerate(self._slots) if slot >= 0]
+            self._placed = sorted(self._slots.items())
         return self._placed
 
     def slot_of(self, page: int) -> int:
-        slot = self._slots[page]
-        assert slot >= 0, f"page {page} is not resident"
-        return slot
+        assert page in self._slots, f"page {page} is not resident"
+        return self._slots[page]
 
     def all_index_rows(self, layer: int) -> torch.Tensor:
         """Index rows [capacity, R], uncommitted ones included; capacity is a multiple of the page size."""
@@ -531,9 +563,11 @@ class SessionPages:
         """Slots and homes of all pages; homes of complete pages only, since the others are empty yet."""
         if self._tables is None:
             homes = [home or Home(-1, -1) for home in self._homes[: self._complete]]
-            homes += [Home(-1, -1)] * (len(self._slots) - len(homes))
+            homes += [Home(-1, -1)] * (len(self._homes) - len(homes))
+            slots = torch.full((len(homes),), -1)
+            slots[list(self._slots)] = torch.tensor(list(self._slots.values()), dtype=torch.int64)
             self._tables = PageTables(
-                torch.tensor(self._slots, dtype=torch.int64),
+                slots,
                 torch.tensor([home.tier for home in homes], dtype=torch.int64),
                 torch.tensor([home.record for home in homes], dtype=torch.int64),
             )
@@ -544,16 +578,18 @@ class SessionPages:
         if self._closed:
             return
         layout, pool = self.store.layout, self.store.pool
-        held = [slot for slot in self._slots if slot >= 0]
+        held = list(self._slots.values())
         held += [] if self._pending is None else self._pending.slots.values()
         owned = sorted(slot for slot, owner in pool.owner_of.items() if owner == self.owner)
         self._require(sorted(held) == owned, f"slots held {sorted(held)}, owned {owned}")
         self._require(self.num_chunks <= self.reserved_chunks, "more chunks than room")
         self._require(
-            len(self._slots) == len(self._homes) == layout.pages(self.reserved_chunks),
-            f"{len(self._slots)} slots and {len(self._homes)} homes for {self.reserved_chunks} chunks",
+            len(self._homes) == layout.pages(self.reserved_chunks),
+            f"{len(self._homes)} homes for {self.reserved_chunks} chunks",
         )
-        self._require(all(slot >= 0 for slot in self._slots[self._complete :]), "an incomplete page has no slot")
+        incomplete = range(self._complete, len(self._homes))
+        self._require(all(page in self._slots for page in incomplete), "an incomplete page has no slot")
+        self._require(max(self._slots, default=-1) < len(self._homes), "a page that is not there has a slot")
         for page, home in enumerate(self._homes):
             due = page < self.reserved_chunks // layout.page_chunks
             self._require((home is not None) == due, f"page {page} has home {home}")
@@ -568,7 +604,7 @@ class SessionPages:
         if self._pending is not None:
             pool.wait_host(self._pending.ticket)
             places += self._pending.slots.items()
-            lost = [p for p in self._pending.wanted if self._slots[p] < 0 and p not in self._pending.slots]
+            lost = [p for p in self._pending.wanted if p not in self._slots and p not in self._pending.slots]
             self._require(not lost, f"prefetched pages {lost} are nowhere")
         for page, slot in places:
             same = torch.equal(pool.record_to_cpu(slot), self._home_record(page))
@@ -604,7 +640,7 @@ class SessionPages:
             by_tier.setdefault(home.tier, []).append(page)
         return by_tier
 
-    def _runs(self, tier: int, pages: Sequence[int], slots: Mapping[int, int] | Sequence[int]) -> list[Run]:
+    def _runs(self, tier: int, pages: Sequence[int], slots: Mapping[int, int]) -> list[Run]:
         """What to copy between the homes of pages and their slots, given by page."""
         return self.tier(tier).runs([slots[page] for page in pages], [self._record_of(page) for page in pages])
 
@@ -622,11 +658,28 @@ class SessionPages:
                 self.traffic.pages_to_disk += len(group)
                 self.traffic.bytes_to_disk += len(group) * size
 
+    def _load(self, held: HeldRows) -> None:
+        """Bring what there is to the devices, a few records at a time; the page being filled comes from its slot."""
+        layout, pool, complete = self.store.layout, self.store.pool, self._complete
+        at_a_time = max(1, STAGED_BYTES // layout.record_bytes)
+        for first in range(0, complete, at_a_time):
+            pages = range(first, min(first + at_a_time, complete))
+            staged = [
+                torch.empty(len(pages), part.num_bytes, dtype=torch.uint8, device=part.device) for part in layout.parts
+            ]
+            runs = []
+            for tier, group in self._by_tier(pages).items():
+                self.tier(tier).verify(self._record_of(page) for page in group)
+                runs += self._runs(tier, group, {page: page - first for page in group})
+            pool.wait(pool.copy_to(staged, runs))
+            held.put_pages(first, staged, len(pages), self.num_chunks)
+        if complete < self.num_pages:
+            slot = self._slots[complete]
+            held.put_pages(complete, [part[slot : slot + 1] for part in pool.parts], 1, self.num_chunks)
+
     def _drop(self, pages: Sequence[int]) -> None:
         if pages:
-            self.store.pool.give_back([self._slots[page] for page in pages])
-            for page in pages:
-                self._slots[page] = -1
+            self.store.pool.give_back([self._slots.pop(page) for page in pages])
             self._changed()
 
     def _changed(self) -> None:

@@ -100,9 +100,11 @@ def default_tiles(q_BHD: torch.Tensor, sources: Sequence[EntrySource]) -> Tiles:
     batch, heads, _ = q_BHD.shape
     block_heads, block_keys = (64, 32) if q_BHD.dtype.itemsize == 2 else (16, 16)
     block_heads = min(block_heads, max(16, triton.next_power_of_2(heads)))
+    units = torch.cuda.get_device_properties(q_BHD.device).multi_processor_count if q_BHD.is_cuda else 1
     blocks = sum(triton.cdiv(_num_keys(source), block_keys) for source in sources)
     programs = batch * triton.cdiv(heads, block_heads)
-    units = torch.cuda.get_device_properties(q_BHD.device).multi_processor_count if q_BHD.is_cuda else 1
+    if block_heads == 16 and block_keys == 32 and programs >= 8 * units and sources[-1].picks_BK is None:
+        return Tiles(16, 64, 1, 4)  # few heads of many queries, whole rows of neighbours
     shares = min(MOST_SHARES, max(1, blocks), max(1, units // programs))
     return Tiles(block_heads, block_keys, shares)
 
