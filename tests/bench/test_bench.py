@@ -156,7 +156,8 @@ def test_a_batch_that_does_not_fit_is_a_row_that_says_so() -> None:
 
 def test_capacity_tells_ratios_only_of_what_was_run() -> None:
     skeleton = small_skeleton(keep=0.1)
-    one = skeleton.session_memory("full", 4096, 8).device_bytes
+    steps = decode.warm_steps(skeleton.tau) + skeleton.tau
+    one = skeleton.session_memory("full", 4096, steps).device_bytes
     budgets = {"device_budget_bytes": 2 * one, "host_budget_bytes": 1 << 30}
     full, lsa = decode.run_capacity(skeleton, contexts=[4096], windows=1, max_sessions=64, **budgets)
     assert full["batch"] == full["sessions_fit"] == 2 and lsa["batch"] == lsa["sessions_fit"] > 2

@@ -33,7 +33,7 @@ from ..lookahead import Cycle, level_1
 from ..store import SessionPages, resident
 from ..store.batch import DecodeBatch
 from . import report
-from .decode import TOKEN, fill_sessions, run_on_engine, split_batches
+from .decode import TOKEN, fill_sessions, run_on_engine, split_batches, warm_steps
 from .kernel_timing import copy_bytes_per_second
 from .skeleton import Mode, Skeleton
 
@@ -285,8 +285,8 @@ def _profile_batches(
 
 
 def steps_of_all(skeleton: Skeleton, batches: Sequence[int], windows: int) -> int:
-    """Steps that the first session decodes: per batch a window for warmth, the windows, and two for the marks."""
-    return len(batches) * (windows + 3) * skeleton.tau
+    """Steps that the first session decodes: per batch those for warmth, the windows, and two windows for the marks."""
+    return len(batches) * (warm_steps(skeleton.tau) + (windows + 2) * skeleton.tau)
 
 
 def parts(row: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
@@ -310,7 +310,7 @@ def profile(engine: Engine, sessions: Sequence[Session], windows: int) -> dict[s
         session.cycle.settle()  # all clocks alike
     whole, boundary_seconds = Marks(device, fine=False), dict[str, float]()
     with marked(engine, whole):
-        list(_steps(engine, sessions, tau))  # for warmth
+        list(_steps(engine, sessions, warm_steps(tau)))
         with _boundary_times(engine, boundary_seconds):
             steps_taken = list(_steps(engine, sessions, windows * tau, whole))
     inside = [(wall, took) for wall, first, took in steps_taken if not first]

@@ -147,7 +147,8 @@ class Cycle:
 
     def _flip(self) -> None:
         assert self.pending is not None
-        self.pages.flip()
+        if self.pages.prefetching:
+            self.pages.flip()
         self.selection, self.pending, self.steps, self.due = self.pending, None, 0, False
 
     def _cancel(self) -> None:
@@ -176,10 +177,11 @@ class Cycle:
         if extra or stay:
             selection = replace(selection, pages=tuple(sorted({*selection.pages, *extra, *stay})))
         selection = self._fit(selection, choice, extra)
-        if not overlap:  # nobody reads between here and the flip: free first, so that one set of slots is enough
-            self.due, self.pending = True, None  # a prefetch that fails must not leave a window with pages missing
-            self.pages.evict(keep=selection.pages)
-        self.pages.prefetch(selection.pages)
+        if not (self.keeps_all and self.pages.all_resident):
+            if not overlap:  # nobody reads between here and the flip: free first, so that one set of slots is enough
+                self.due, self.pending = True, None  # a prefetch that fails must not leave a window with pages missing
+                self.pages.evict(keep=selection.pages)
+            self.pages.prefetch(selection.pages)
         self.pending = selection
         self.stats.cycles += 1
         self.stats.selected_pages += len(selection.pages)

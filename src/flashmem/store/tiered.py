@@ -255,6 +255,15 @@ class SessionPages:
         return self._resident[1]
 
     @property
+    def all_resident(self) -> bool:
+        """Whether every page is on the device."""
+        return len(self._slots) == len(self._homes)
+
+    @property
+    def prefetching(self) -> bool:
+        return self._pending is not None
+
+    @property
     def prefetched(self) -> tuple[int, ...] | None:
         """Pages that a flip now would leave resident; None without a running prefetch."""
         pending = self._pending
