@@ -69,8 +69,10 @@ VARIANTS = (
 
 def settings(device: torch.device, *, fused: bool = True, **changes: Any) -> LSAConfig:
     """The model's own, on the fused kernels and in graphs where the device has them."""
-    config = replace(ModelDefaults.of(shipped_model()).config(), prefill_chunk=2048, **changes)
-    return replace(config, kernels="fused", cuda_graphs=True) if fused and device.type == "cuda" else config
+    config = replace(ModelDefaults.of(shipped_model()).config(), **{"prefill_chunk": 2048} | changes)
+    if not fused or device.type != "cuda":
+        return config
+    return replace(config, kernels="fused", prefill_kernels="fused", cuda_graphs=True)
 
 
 def load(config: LSAConfig, device: torch.device, dtype: str) -> Engine:
@@ -186,7 +188,7 @@ def _interval(by_document: Sequence[np.ndarray[Any, Any]]) -> tuple[float, float
 def lengths(device: torch.device, contexts: Sequence[int], windows: int, dtype: str) -> Iterator[dict[str, Any]]:
     """A row per context and mode; LSA's with its ratios to full residency."""
     for context in contexts:
-        engine = load(settings(device), device, dtype)
+        engine = load(settings(device, prefill_chunk=16_384), device, dtype)
         draw = torch.Generator().manual_seed(context)
         ids = torch.randint(engine.geometry.vocab_size, (context - ROOM,), generator=draw).tolist()
         with engine.session() as session:

@@ -25,8 +25,9 @@ COLD_BYTES, COPY_BYTES = 256 << 20, 2 << 30
 class Run:
     """Where rows go, how much time is left, and what the ceilings are."""
 
-    def __init__(self, directory: Path | None, seconds: float, device: torch.device) -> None:
-        self.directory, self.device = directory, device
+    def __init__(self, directory: Path | None, seconds: float, device: torch.device, *, sweep: bool = True) -> None:
+        """With `sweep`, scores and attention are timed in all their tiles, else in those they choose themselves."""
+        self.directory, self.device, self.sweep = directory, device, sweep
         self.end = time.monotonic() + seconds
         self.failures: list[str] = []
         self.rows: list[dict[str, Any]] = []

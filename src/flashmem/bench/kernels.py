@@ -322,7 +322,7 @@ def _sweep_scores(run: Run, case: ScoreCase, precision: Any) -> score.Tiles | No
     keys, (q, w) = case.keys(run.device), case.queries(run.device)
     wanted = page_scores_fused(q, w, keys, precision, None)
     times: dict[score.Tiles | None, float] = {}
-    for tiles in (None, *kernel_cases.SCORE_TILES[precision]):
+    for tiles in (None, *(kernel_cases.SCORE_TILES[precision] if run.sweep else ())):
         if run.out_of_time():
             break
         found = page_scores_fused(q, w, keys, precision, tiles)
@@ -456,7 +456,8 @@ def _time_attention(run: Run, case: PoolCase) -> None:
         "rate": "bf16",
     }
     wanted = _attention64(q, sources, sinks)
-    all_tiles = [tiles for shares in kernel_cases.SHARES[case.batch] for tiles in kernel_cases.attend_tiles(shares)]
+    shares = kernel_cases.SHARES[case.batch] if run.sweep else ()
+    all_tiles = [tiles for each in shares for tiles in kernel_cases.attend_tiles(each)]
     times: dict[attention.Tiles | None, float] = {}
     for tiles in (None, *all_tiles):
         if run.out_of_time():
@@ -578,13 +579,14 @@ def run(
     jobs: int,
     parts: Sequence[str],
     peers: Sequence[str] = (),
+    sweep: bool = True,
     program: str,
 ) -> dict[str, Any]:
     """Measure peers, then the given parts, on the current CUDA device; returns rows and the checks that failed.
 
     `jobs` processes compile ahead, none if it is 0; `program` is how the command line begins in the first row.
     """
-    run = Run(directory, seconds, torch.device("cuda", torch.cuda.current_device()))
+    run = Run(directory, seconds, torch.device("cuda", torch.cuda.current_device()), sweep=sweep)
     run.add("machine", command=report.command_line(program), triton=triton.__version__, **report.machine())
     if jobs:
         compile_ahead(jobs)

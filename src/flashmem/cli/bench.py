@@ -79,6 +79,7 @@ def kernels(
     parts: Annotated[
         str | None, typer.Option(help="On CUDA: parts, with commas; '' for peers alone.", show_default="all")
     ] = None,
+    sweep: Annotated[bool, typer.Option(help="On CUDA: time scores and attention in all their tiles.")] = True,
     chunks: Annotated[str, typer.Option(help="Without CUDA: sizes, with commas.")] = "4096,16384",
     rounds: Annotated[int, typer.Option(help="Without CUDA: calls that are timed.", min=1)] = 7,
     peer: Peers = None,
@@ -105,7 +106,7 @@ def kernels(
         result = _run(
             "gpu_kernels", out, json,
             lambda _: fused.run(
-                directory, seconds=seconds, jobs=jobs, parts=names, peers=peer or (), program="flashmem"
+                directory, seconds=seconds, jobs=jobs, parts=names, peers=peer or (), sweep=sweep, program="flashmem"
             ),
             fused.lines,
         )  # fmt: skip
