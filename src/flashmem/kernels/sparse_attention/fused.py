@@ -27,6 +27,8 @@ LOG2_E = math.log2(math.e)
 SCALE_BLOCK: tl.constexpr = tl.constexpr(64)
 """Channels that share one scale of an fp8 entry."""
 MOST_SHARES = 32
+LARGE_BATCH = 32
+"""Blocks of 64 heads from which on larger blocks of keys pay."""
 
 _EXACT = {torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
@@ -96,17 +98,35 @@ def attend_rows_fused(
 
 
 def default_tiles(q_BHD: torch.Tensor, sources: Sequence[EntrySource]) -> Tiles:
-    """As many shares as leave no multiprocessor idle, and no more than there are blocks of keys."""
+    """As many shares as leave no multiprocessor idle, and no more than there are blocks of keys.
+
+    In bfloat16 by what was fastest on an H100 (`results/gpu_kernels-2.jsonl`, `results/prefill_kernels.json`).
+    """
     batch, heads, _ = q_BHD.shape
-    block_heads, block_keys = (64, 32) if q_BHD.dtype.itemsize == 2 else (16, 16)
-    block_heads = min(block_heads, max(16, triton.next_power_of_2(heads)))
     units = torch.cuda.get_device_properties(q_BHD.device).multi_processor_count if q_BHD.is_cuda else 1
+    picked, wide = sources[-1].picks_BK is not None, q_BHD.dtype.itemsize == 2
+    tiles = _shared(64 if wide else 16, 32 if wide else 16, 8, q_BHD, sources, units)
+    programs = batch * triton.cdiv(heads, tiles.heads)
+    if not wide:
+        return tiles
+    if tiles.heads == 16 and programs >= 8 * units and not picked:  # few heads of many queries, rows of neighbours
+        return Tiles(16, 64, 1, 4)
+    if tiles.heads == 64 and programs >= LARGE_BATCH and picked:
+        return _shared(64, 64, 8, q_BHD, sources, units)
+    if tiles.heads == 64 and 4 * programs * tiles.shares <= units:  # few sessions: blocks of heads fill the device
+        return _shared(16, 32, 4, q_BHD, sources, units)
+    return tiles
+
+
+def _shared(
+    block_heads: int, block_keys: int, warps: int, q_BHD: torch.Tensor, sources: Sequence[EntrySource], units: int
+) -> Tiles:
+    """Tiles with as many shares as these blocks allow."""
+    batch, heads, _ = q_BHD.shape
+    block_heads = min(block_heads, max(16, triton.next_power_of_2(heads)))
     blocks = sum(triton.cdiv(_num_keys(source), block_keys) for source in sources)
     programs = batch * triton.cdiv(heads, block_heads)
-    if block_heads == 16 and block_keys == 32 and programs >= 8 * units and sources[-1].picks_BK is None:
-        return Tiles(16, 64, 1, 4)  # few heads of many queries, whole rows of neighbours
-    shares = min(MOST_SHARES, max(1, blocks), max(1, units // programs))
-    return Tiles(block_heads, block_keys, shares)
+    return Tiles(block_heads, block_keys, min(MOST_SHARES, max(1, blocks), max(1, units // programs)), warps)
 
 
 def _num_keys(source: EntrySource) -> int:
