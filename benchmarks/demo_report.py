@@ -23,9 +23,10 @@ from flashmem.training.backbone.gates import wilson
 RESULTS, PAGE = ROOT / "results/backbone", ROOT / "docs/models/demo.md"
 CURVES, LOG = ROOT / "docs/models/demo-training.svg", ROOT / "src/flashmem/models/demo/training_log.jsonl"
 LONG = ("gates-long-h100.json", "gates-1m-h200.json")
-PARTS = ("results", "lsa", "kept")
+PARTS = ("results", "lsa", "kept", "paper")
 """Parts of the page between markers that name them."""
 MINI_TABLE = ROOT / "results/mini-table1"
+OF_PAPER = ("recency-tail", "random-10%")
 POLICIES = ("full", "lsa", "native@match", "carry-over@match", "recency@match", "random@match")
 KINDS = ("single", "multikey", "multivalue", "multiquery", "vt", "ahead", "mixed")
 
@@ -159,9 +160,10 @@ def plot(rows: list[dict[str, Any]]) -> None:
     CURVES.write_text("\n".join(line.rstrip() for line in CURVES.read_text().splitlines()) + "\n")
 
 
-def mini_runs(half: bool) -> list[dict[str, Any]]:
-    """Metrics of the evaluation's runs, shortest first; those at half the pages are in folders of their own."""
-    paths = [path for path in MINI_TABLE.glob("*/metrics.json") if path.parent.name.endswith("-half") == half]
+def mini_runs(kind: str = "") -> list[dict[str, Any]]:
+    """Metrics of the evaluation's runs, shortest first. Folders of runs at half the pages end with "-half", those with
+    the published baselines with "-paper"."""
+    paths = [path for path in MINI_TABLE.glob("*/metrics.json") if path.parent.name.partition("-")[2] == kind]
     runs: list[dict[str, Any]] = [json.loads(path.read_text()) for path in paths]
     return sorted(runs, key=lambda metrics: int(metrics["run"]["made"]["lengths"][0]))
 
@@ -169,7 +171,7 @@ def mini_runs(half: bool) -> list[dict[str, Any]]:
 def lsa() -> str:
     """Rows: task and length; columns: policies at LSA's bytes, and LSA's difference to full attention."""
     rows = []
-    for metrics in mini_runs(half=False):
+    for metrics in mini_runs():
         cells = {(cell["task"], cell["policy"]): cell for cell in metrics["cells"]}
         for pair in metrics["comparisons"]:
             if (pair["policy"], pair["against"]) != ("lsa", "full") or pair["length"] is None:
@@ -186,7 +188,7 @@ def lsa() -> str:
 def kept() -> str:
     """Rows: runs; columns: what LSA holds of a full cache, and all tasks together against full attention."""
     rows = []
-    for metrics in [*mini_runs(half=False), *mini_runs(half=True)]:
+    for metrics in [*mini_runs(), *mini_runs("half")]:
         pair = next(
             pair for pair in metrics["comparisons"]
             if (pair["policy"], pair["against"], pair["task"]) == ("lsa", "full", None) and pair["length"] is not None
@@ -201,6 +203,28 @@ def kept() -> str:
         ])  # fmt: skip
     head = ["length", "pages, %", "paper bytes, %", "all-in bytes, %", "questions / documents", "LSA - full, points"]
     return table([*head, "non-inferior at 2 points"], rows)
+
+
+def paper() -> str:
+    """Rows: lengths; columns: the published baselines' scores, of what bytes, and how far LSA is above them."""
+    rows = []
+    for metrics in mini_runs("paper"):
+        (length,) = metrics["run"]["made"]["lengths"]
+        averages = {row["policy"]: row for row in metrics["averages"] if row["length"] == length}
+        pairs = {
+            pair["against"]: pair for pair in metrics["comparisons"]
+            if (pair["policy"], pair["task"], pair["length"]) == ("lsa", None, length)
+        }  # fmt: skip
+        row = [tokens(length), f"{metrics['samples']:,} of {metrics['run']['samples']:,}"]
+        for policy in ("full", "lsa", *OF_PAPER):
+            held = averages[policy]
+            row.append(f"{percent(held['score'])} ({percent(held['paper_ratio_of_means'])} %)")
+        for policy in OF_PAPER:
+            low, high = (f"{100 * value:+.1f}" for value in pairs[policy]["interval"])
+            row.append(f"{100 * pairs[policy]['difference']:+.1f} ({low} to {high})")
+        rows.append(row)
+    head = ["length", "answers", "full", "lsa", *OF_PAPER, *(f"LSA - {name}" for name in OF_PAPER)]
+    return table(head, rows)
 
 
 def results(rows: list[dict[str, Any]]) -> str:
@@ -221,7 +245,7 @@ def results(rows: list[dict[str, Any]]) -> str:
 def page(rows: list[dict[str, Any]]) -> str:
     """The page with its tables made anew; `rows` are the training log's."""
     text = PAGE.read_text()
-    for name, made in zip(PARTS, (results(rows), lsa(), kept()), strict=True):
+    for name, made in zip(PARTS, (results(rows), lsa(), kept(), paper()), strict=True):
         begin, end = f"<!-- begin {name}: written by benchmarks/demo_report.py -->", f"<!-- end {name} -->"
         before, after = text[: text.index(begin)], text[text.index(end) :]
         text = f"{before}{begin}\n\n{made}\n{after}"

@@ -1,5 +1,5 @@
 """Write docs/performance.md from the results of `flashmem bench`: JSON files, whichever are there, the rows of
-`flashmem bench kernels` (JSON lines), and what runs that were cut off had printed (`interrupted/*.log`).
+`flashmem bench kernels` (JSON lines). Before the tables comes what was aimed at (`performance_targets`).
 
 python -m benchmarks.performance_page results benchmarks/results
 """
@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import ROOT, log
+from benchmarks.performance_targets import TARGETS, Target
 from flashmem.bench import profile, report
 
 PAGE = ROOT / "docs" / "performance.md"
 Row = Mapping[str, Any]
 HEAD = """# Performance
 
-Made by `python -m benchmarks.performance_page` from files that `flashmem bench` wrote; nothing here is typed. How to
+Made by `python -m benchmarks.performance_page` from files that programs wrote; no number here is typed. How to
 measure, and what the columns mean: [Measuring](guides/bench.md).
 """
 NOTHING = "Not measured yet: there is no result file.\n"
@@ -37,7 +38,7 @@ def main() -> None:
 def page(folders: Sequence[Path]) -> str:
     """The whole page; a section for every result file, in the order of names."""
     sections = [section for path in _files(folders, "*.json*") for section in _section(path)]
-    return "\n".join([HEAD, *(sections or [NOTHING]), *_cut_off(folders)])
+    return "\n".join([HEAD, *_targets(folders), *(sections or [NOTHING])])
 
 
 def _files(folders: Sequence[Path], pattern: str) -> list[Path]:
@@ -48,24 +49,54 @@ def _read(path: Path) -> Any:
     if path.suffix == ".json":
         return json.loads(path.read_text(encoding="utf-8"))
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    return {"bench": "gpu_kernels", "command": rows[0].get("command"), "machine": rows[0], "rows": rows}
+    about = {"command": rows[0]["command"], "machine": rows[0]} if rows[0]["bench"] == "machine" else {}
+    return {"bench": "gpu_kernels", **about, "rows": rows}
 
 
-def _cut_off(folders: Sequence[Path]) -> Iterator[str]:
-    """The measurements among what was printed; the folder's README says what ran where."""
-    logs = _files(folders, "interrupted/*.log")
-    if logs:
-        yield "## Runs that were cut off\n"
-        yield "Lines that their programs printed. Commands, commit and machine: `results/interrupted/README.md`.\n"
-    for path in logs:
-        measured = [line for line in path.read_text(encoding="utf-8").splitlines() if "tokens/s" in line or "=" in line]
-        yield f"{path.stem}:\n\n```text\n" + "\n".join(measured) + "\n```\n"
+def _targets(folders: Sequence[Path]) -> Iterator[str]:
+    """What was aimed at and what came, and why where it fell short."""
+    found = {path.name: path for path in _files(folders, "*.json*")}
+    lines: list[Row] = []
+    for target in TARGETS:
+        if found.keys() >= set(target.files) and (values := target.values(*(_read(found[n]) for n in target.files))):
+            reached = sum(map(target.reached, values.values()))
+            shown = f"{reached} of {len(values)}" if 0 < reached < len(values) else "yes" if reached else "no"
+            lines.append({"target": target, "values": values, "met": shown})
+    if not lines:
+        return
+    yield "## What was aimed at\n"
+    yield "Each target with the least and the most that was measured for it, where the section of its file says.\n"
+    yield _markdown(
+        {
+            "what": lambda row: row["target"].what,
+            "target": lambda row: row["target"].text,
+            "measured": lambda row: _range(row["values"], row["target"].form),
+            "met": lambda row: row["met"],
+            "file": lambda row: ", ".join(row["target"].files),
+        },
+        lines,
+    )  # fmt: skip
+    for line in lines:
+        if line["met"] != "yes":
+            yield _shortfall(line["target"], line["values"])
+    yield ""
+
+
+def _shortfall(target: Target, values: Mapping[str, float]) -> str:
+    short = {at: value for at, value in values.items() if not target.reached(value)}
+    listed = ", ".join(f"{at} ({value:{target.form}})" for at, value in short.items())
+    return f"- **{target.what}** falls short at {listed}. {target.why}"
+
+
+def _range(values: Mapping[str, float], form: str) -> str:
+    least, most = min(values.values()), max(values.values())
+    return format(least, form) if least == most else f"{least:{form}} to {most:{form}}"
 
 
 def _section(path: Path) -> Iterator[str]:
     """Nothing for a file of another program."""
     result = _read(path)
-    if not isinstance(result, dict) or not str(result.get("command", "")).startswith("flashmem bench"):
+    if not isinstance(result, dict) or "command" not in result or "machine" not in result:
         return
     if (tables := TABLES.get(str(result.get("bench")))) is None:
         return
@@ -74,7 +105,8 @@ def _section(path: Path) -> Iterator[str]:
     yield f"## {tables.title} ({path.name})\n"
     yield f"`{result['command']}` on {where}; torch {machine['torch']}, commit {machine['commit']}.\n"
     yield from tables.text(result)
-    yield _markdown(tables.columns, tables.rows(result))
+    if rows := tables.rows(result):
+        yield _markdown(tables.columns, rows)
 
 
 def _markdown(columns: Mapping[str, Callable[[Row], str]], rows: Sequence[Row]) -> str:
@@ -164,6 +196,35 @@ def _of_gpu_kernels(result: Row) -> Iterator[str]:
         own,
     )  # fmt: skip
     yield "Peers beside ours, in the same run; times are of replayed graphs where both have one, else as called.\n"
+
+
+def _of_shipped(result: Row) -> Iterator[str]:
+    agreement = result["agreement"]
+    if agreement["rows"]:
+        yield (
+            f"Answers to {agreement['questions_per_task']} questions a task on documents of {agreement['context']:,} "
+            "tokens, fed to each engine: its own best token at every step against that of PyTorch in float32. Beyond "
+            f"float32, where all must be equal, {agreement['least_agreement']:.0%} of the tokens and "
+            f"{agreement['most_divergence']} nats were asked for beforehand.\n"
+        )
+        yield _markdown(
+            {
+                "engine": lambda row: row["variant"],
+                "kernels": lambda row: row["kernels"] + (", graphs" if row["cuda_graphs"] else ""),
+                "equal tokens": lambda row: f"{row['equal_tokens']:,} of {row['tokens']:,}",
+                "agreement": lambda row: f"{row['agreement']:.2%} ({_interval(row['agreement_interval'], '.2%')})",
+                "KL, nats": lambda row: f"{row['kl_nats']:.2g} ({_interval(row['kl_interval'], '.2g')})",
+                "99th of 100": _known("kl_p99", ".2g"),
+                "within bounds": lambda row: "yes" if row["passed"] else "no",
+            },
+            agreement["rows"],
+        )
+    if result["lengths"]["rows"]:
+        yield f"Lengths: {result['lengths']['dtype']}, random tokens read on the fused kernels, then decoded.\n"
+
+
+def _interval(values: Sequence[float], form: str) -> str:
+    return " to ".join(format(value, form) for value in values)
 
 
 def _precision(row: Row) -> str:
@@ -257,6 +318,31 @@ TABLES: Mapping[str, Tables] = {
             "peak bytes beside the weights": _known("peak_bytes", ","),
             "": lambda row: row.get("failed", ""),
         },
+    ),
+    "shipped_decode": Tables(
+        "The shipped model, end to end", _of_shipped,
+        {
+            "context": _known("context", ","),
+            "mode": lambda row: row["mode"],
+            "read, tokens/s": _known("read_tokens_per_second", ",.0f"),
+            "step, ms": _of("step_ms", "median", ".3f"),
+            "first of a window": _of("first_step_of_window_ms", "median", ".2f"),
+            "tokens/s": _known("tokens_per_second", ",.1f"),
+            "device bytes, all in": _known("device_bytes", ","),
+        },
+        lambda result: result["lengths"]["rows"],
+    ),
+    "prefill_kernels": Tables(
+        "Kernels of prefill", lambda result: iter(()),
+        {
+            "what": lambda row: " ".join(filter(None, (row["time"], row.get("kind")))),
+            "sizes of": lambda row: row["model"],
+            "queries": _known("queries", ","),
+            "chunks or entries": lambda row: _known("chunks" if "chunks" in row else "entries", ",")(row),
+            "fused, ms": _known("fused_ms", ".3f"),
+            "reference, ms": _known("reference_ms", ".2f"),
+        },
+        lambda result: [row for row in result["rows"] if "reference_ms" in row],
     ),
     "gpu_kernels": Tables(
         "Kernels and their peers", _of_gpu_kernels,

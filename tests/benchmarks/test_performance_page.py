@@ -53,6 +53,29 @@ def test_results_become_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert f"{swaps['rows'][0]['peak_ratio']:.1%}" in text and performance_page.NOTHING not in text
 
 
+def test_a_target_that_is_missed_says_where_and_why(tmp_path: Path) -> None:
+    def capacity(ratio: float) -> None:
+        row = {"mode": "lsa", "batch": 4, "throughput_ratio": ratio, "sessions_ratio": 9.0}
+        (tmp_path / "capacity-1m.json").write_text(json.dumps({"bench": "other", "rows": [{"mode": "full"}, row]}))
+
+    capacity(3.25)
+    text = performance_page.page([tmp_path])
+    assert "| 1M, equal bytes for KV: throughput, LSA / full | at least 3.20 | 3.25 | yes | capacity-1m.json |" in text
+    assert "falls short" not in text
+    capacity(3.15)
+    text = performance_page.page([tmp_path])
+    assert "| 3.15 | no |" in text and "- **1M, equal bytes for KV: throughput, LSA / full** falls short at B=4" in text
+    rows = [
+        {"bench": "attend peer", "peer": "gather and torch products, compiled", "kv_format": "fp8", "batch": batch,
+         "ratio": ratio}
+        for batch, ratio in ((1, 4.5), (8, 2.0))
+    ]  # fmt: skip
+    (tmp_path / "gpu_kernels-peers.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    text = performance_page.page([tmp_path])
+    assert "| at least 4.00 | 2.00 to 4.50 | 1 of 2 |" in text
+    assert "compiled / ours** falls short at B=8 fp8 (2.00). Loads, decoding" in text
+
+
 def test_the_page_in_the_repository_is_the_one_made() -> None:
     folders = [ROOT / "results", ROOT / "benchmarks" / "results"]
     assert performance_page.PAGE.read_text() == performance_page.page(folders)

@@ -249,9 +249,9 @@ class SessionPages:
     @property
     def resident(self) -> tuple[int, ...]:
         """Pages of the live table."""
-        state = (self.table_version, self.num_pages)
+        state = _, there = self.table_version, self.num_pages
         if self._resident is None or self._resident[0] != state:
-            self._resident = (state, tuple(sorted(page for page in self._slots if page < self.num_pages)))
+            self._resident = (state, tuple(sorted(page for page in self._slots if page < there)))
         return self._resident[1]
 
     @property

@@ -100,7 +100,7 @@ def attend_rows_fused(
 def default_tiles(q_BHD: torch.Tensor, sources: Sequence[EntrySource]) -> Tiles:
     """As many shares as leave no multiprocessor idle, and no more than there are blocks of keys.
 
-    In bfloat16 by what was fastest on an H100 (`results/gpu_kernels-2.jsonl`, `results/prefill_kernels.json`).
+    In bfloat16 by what was fastest on an H100 (`results/gpu_kernels-sweep.jsonl`, `results/prefill_kernels.json`).
     """
     batch, heads, _ = q_BHD.shape
     units = torch.cuda.get_device_properties(q_BHD.device).multi_processor_count if q_BHD.is_cuda else 1
