@@ -275,8 +275,7 @@ class LSAConfig:
     """Directory of the disk tier; None means no disk tier."""
     history_budget_bytes: int | None = None
     """Bytes of the devices, beside the pool, that an append of several prefill forwards may hold the history in; 0: it
-    reads keys and entries from where they are for every forward. None: what the history needs, on devices that are no
-    CPU."""
+    reads keys and entries from where they are for every forward. None: half of what is free, on a CPU nothing."""
     prefill_chunk: int = 512
     """Tokens per prefill forward."""
     kernels: Literal["reference", "fused"] = "reference"

@@ -536,10 +536,11 @@ class Session:
 
         It does not for a single forward, nor where all pages stay on the device anyway.
         """
-        config = self.engine.config
-        budget = config.history_budget_bytes
-        on_cpu = all(device.type == "cpu" for device in self.engine.layout.devices)
-        if tokens <= config.prefill_chunk or self.cycle.keeps_all or budget == 0 or (budget is None and on_cpu):
+        engine, budget = self.engine, self.engine.config.history_budget_bytes
+        if budget is None:
+            on_cpu = all(device.type == "cpu" for device in engine.layout.devices)
+            budget = 0 if on_cpu else engine.store.pool.spare_bytes() // 2
+        if tokens <= engine.config.prefill_chunk or self.cycle.keeps_all or not budget:
             return nullcontext()
         return self.pages.held_history(num_chunks, budget)
 

@@ -127,3 +127,12 @@ def test_it_is_held_once() -> None:
     session.close()
     with pytest.raises(ValueError, match="closed"), session.held_history(C, None):
         pass
+
+
+@pytest.mark.parametrize("device", ["cpu", CUDA])
+def test_spare_bytes_are_within_the_machine(device: str) -> None:
+    pool = make_store(make_layout(devices=(torch.device(device, 0),))).pool
+    if device == "cuda":
+        assert 0 < pool.spare_bytes() <= torch.cuda.mem_get_info()[1]
+    else:
+        assert pool.spare_bytes() > 0

@@ -98,7 +98,12 @@ class EngineOptions:
     disk_path: Annotated[str | None, _lsa("no disk tier", "Directory of the disk tier.")] = None
     history_budget: Annotated[
         int | None,
-        _lsa("as needed", "Bytes of the device that hold the history in a prefill.", parser=_bytes, metavar="BYTES"),
+        _lsa(
+            "half of what is free",
+            "Bytes of the device that hold the history in a prefill.",
+            parser=_bytes,
+            metavar="BYTES",
+        ),
     ] = None
     seed: Annotated[int, typer.Option(help="Seed of sampling and of the random policy.")] = 0
 

@@ -74,6 +74,10 @@ class DevicePool:
         """Slots that can still be taken; None without a budget."""
         return None if self.budget_bytes is None else len(self._free)
 
+    def spare_bytes(self) -> int:
+        """Bytes that all devices have free beside the pool, what torch holds for later included."""
+        return sum(_free_bytes(device) + _cached_bytes(device) for device in self.layout.devices)
+
     def take(self, count: int, owner: int) -> list[int]:
         """Slots for model code to write, zeroed (so that no session finds another one's bytes in them).
 
@@ -226,6 +230,12 @@ def _free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _cached_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return 0
 
 
 class _SideStream:
