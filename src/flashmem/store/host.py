@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import sys
 import weakref
 from contextlib import suppress
 from pathlib import Path
@@ -74,9 +75,8 @@ class HostMirror(RecordStore):
 
     def _map(self, num_bytes: int) -> torch.Tensor:
         if self._shared_dir is None:
-            return torch.frombuffer(
-                _map_huge(num_bytes) if self.pinned else mmap.mmap(-1, num_bytes), dtype=torch.uint8
-            )
+            large = self.pinned and sys.platform == "linux"
+            return torch.frombuffer(_map_large(num_bytes) if large else mmap.mmap(-1, num_bytes), dtype=torch.uint8)
         handle = os.open(self._slab_path(len(self.slabs)), os.O_RDWR | os.O_CREAT, 0o600)
         try:
             os.posix_fallocate(handle, 0, num_bytes)  # fails here rather than with a bus error on first touch
@@ -89,7 +89,7 @@ class HostMirror(RecordStore):
         return self._shared_dir / f"slab-{index}"
 
 
-def _map_huge(num_bytes: int) -> mmap.mmap:
+def _map_large(num_bytes: int) -> mmap.mmap:
     """Private memory of large pages where the kernel has some to give: found and pinned faster than small ones.
 
     A forked process does not get it: the kernel would copy what is pinned.
