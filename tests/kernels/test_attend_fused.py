@@ -6,7 +6,7 @@ import torch
 from flashmem.kernels.kv_codec import KVFormatSpec, PlanarForm, encode_rows, put_planar
 from flashmem.kernels.paged import PagedRows, interleaved_form
 from flashmem.kernels.sparse_attention import EntrySource, attend, attend_rows
-from flashmem.kernels.sparse_attention.fused import Tiles, attend_rows_fused
+from flashmem.kernels.sparse_attention.fused import Tiles, attend_rows_fused, choose_tiles
 from support.paged_cases import POISON, draw, pooled_entries
 
 RAGGED = [50, 0, 17]
@@ -183,3 +183,26 @@ def test_shapes_that_do_not_fit_are_refused(triton_device: torch.device) -> None
         EntrySource(sources[1].rows, sources[1].spec, torch.zeros(3, 2, dtype=torch.int32))
     with pytest.raises(ValueError, match="do not hold"):
         EntrySource(sources[1].rows, KVFormatSpec("bf16", 64, 8))
+
+
+@pytest.mark.parametrize(
+    ("batch", "heads", "keys", "wide", "picked", "tiles"),
+    [
+        (1, 64, (128, 512), True, True, (16, 32, 20, 4)),  # one session: blocks of heads fill the device
+        (8, 64, (128, 512), True, True, (64, 32, 16, 8)),
+        (64, 64, (128, 512), True, True, (64, 64, 2, 8)),
+        (64, 64, (128, 8192), True, False, (64, 32, 2, 8)),  # neighbours
+        (2048, 64, (128, 512), True, True, (64, 64, 1, 8)),
+        (2048, 8, (64, 2048), True, False, (16, 64, 1, 4)),
+        (2048, 8, (64, 64), True, True, (16, 32, 1, 8)),
+        (4, 8, (64, 0), True, True, (16, 32, 2, 8)),
+        (1, 8, (0,), True, False, (16, 32, 1, 8)),
+        (3, 64, (128, 512), False, True, (16, 16, 11, 8)),
+    ],
+)
+def test_tiles_follow_the_work(
+    batch: int, heads: int, keys: tuple[int, ...], wide: bool, picked: bool, tiles: tuple[int, ...]
+) -> None:
+    """On 132 multiprocessors; shares never outnumber blocks of keys, nor leave a program without a multiprocessor."""
+    found = choose_tiles(132, batch, heads, keys, wide=wide, picked=picked)
+    assert (found.heads, found.keys, found.shares, found.warps) == tiles

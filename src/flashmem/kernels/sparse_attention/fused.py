@@ -98,35 +98,39 @@ def attend_rows_fused(
 
 
 def default_tiles(q_BHD: torch.Tensor, sources: Sequence[EntrySource]) -> Tiles:
-    """As many shares as leave no multiprocessor idle, and no more than there are blocks of keys.
-
-    In bfloat16 by what was fastest on an H100 (`results/gpu_kernels-sweep.jsonl`, `results/prefill_kernels.json`).
-    """
-    batch, heads, _ = q_BHD.shape
+    """What `choose_tiles` says of these queries on their device."""
     units = torch.cuda.get_device_properties(q_BHD.device).multi_processor_count if q_BHD.is_cuda else 1
-    picked, wide = sources[-1].picks_BK is not None, q_BHD.dtype.itemsize == 2
-    tiles = _shared(64 if wide else 16, 32 if wide else 16, 8, q_BHD, sources, units)
-    programs = batch * triton.cdiv(heads, tiles.heads)
+    (batch, heads, _), keys = q_BHD.shape, [_num_keys(source) for source in sources]
+    wide, picked = q_BHD.dtype.itemsize == 2, sources[-1].picks_BK is not None
+    return choose_tiles(units, batch, heads, keys, wide=wide, picked=picked)
+
+
+def choose_tiles(units: int, batch: int, heads: int, keys: Sequence[int], *, wide: bool, picked: bool) -> Tiles:
+    """As many shares as leave none of the multiprocessors idle, and no more than there are blocks of keys.
+
+    `keys`: of each source; `picked`: the last one's are picks. Where products are `wide`, in bfloat16, by what was
+    fastest on an H100 (`results/gpu_kernels-sweep.jsonl`, `results/prefill_kernels.json`).
+    """
+
+    def tiles(most_heads: int, block_keys: int, warps: int) -> Tiles:
+        block_heads = min(most_heads, max(16, triton.next_power_of_2(heads)))
+        programs, blocks = (
+            batch * triton.cdiv(heads, block_heads),
+            sum(triton.cdiv(count, block_keys) for count in keys),
+        )
+        return Tiles(block_heads, block_keys, min(MOST_SHARES, max(1, blocks), max(1, units // programs)), warps)
+
     if not wide:
-        return tiles
-    if tiles.heads == 16 and programs >= 8 * units and not picked:  # few heads of many queries, rows of neighbours
+        return tiles(16, 16, 8)
+    chosen = tiles(64, 32, 8)
+    programs = batch * triton.cdiv(heads, chosen.heads)
+    if chosen.heads == 16 and programs >= 8 * units and not picked:  # few heads of many queries, rows of neighbours
         return Tiles(16, 64, 1, 4)
-    if tiles.heads == 64 and programs >= LARGE_BATCH and picked:
-        return _shared(64, 64, 8, q_BHD, sources, units)
-    if tiles.heads == 64 and 4 * programs * tiles.shares <= units:  # few sessions: blocks of heads fill the device
-        return _shared(16, 32, 4, q_BHD, sources, units)
-    return tiles
-
-
-def _shared(
-    block_heads: int, block_keys: int, warps: int, q_BHD: torch.Tensor, sources: Sequence[EntrySource], units: int
-) -> Tiles:
-    """Tiles with as many shares as these blocks allow."""
-    batch, heads, _ = q_BHD.shape
-    block_heads = min(block_heads, max(16, triton.next_power_of_2(heads)))
-    blocks = sum(triton.cdiv(_num_keys(source), block_keys) for source in sources)
-    programs = batch * triton.cdiv(heads, block_heads)
-    return Tiles(block_heads, block_keys, min(MOST_SHARES, max(1, blocks), max(1, units // programs)), warps)
+    if chosen.heads == 64 and programs >= LARGE_BATCH and picked:
+        return tiles(64, 64, 8)
+    if chosen.heads == 64 and 4 * programs * chosen.shares <= units:  # few sessions: blocks of heads fill the device
+        return tiles(16, 32, 4)
+    return chosen
 
 
 def _num_keys(source: EntrySource) -> int:
@@ -369,4 +373,4 @@ def _merge_kernel(
     tl.store(pointer, out.to(out_ptr.dtype.element_ty), mask=channels < HEAD_DIM)
 
 
-__all__ = ["Tiles", "attend_rows_fused", "default_tiles"]
+__all__ = ["Tiles", "attend_rows_fused", "choose_tiles", "default_tiles"]
