@@ -18,7 +18,7 @@ class PlainPages:
     def reserve(self, count: int) -> None:
         pass
 
-    def write(self, layer: int, kv_ND: torch.Tensor, keys_NI: torch.Tensor) -> None:
+    def write(self, layer: int, kv_ND: torch.Tensor, keys_NI: torch.Tensor, *, impl: None = None) -> None:
         for table, new in ((self.kv, kv_ND), (self.index_keys, keys_NI)):
             old = table.get(layer, new[:0])[: self.num_chunks]
             table[layer] = torch.cat((old, new))

@@ -317,7 +317,7 @@ def profile(engine: Engine, sessions: Sequence[Session], windows: int) -> dict[s
     firsts = [wall for wall, first, _ in steps_taken if first]
     fine = Marks(device, fine=True)
     with marked(engine, fine):
-        list(_steps(engine, sessions, tau))
+        list(_steps(engine, sessions, tau - 1))  # to the end of a window: components are those of the last step
         parts = [took for _, first, took in _steps(engine, sessions, tau, fine) if not first]
     step, device_time = mean(wall for wall, _ in inside), mean(sum(took.values()) for _, took in inside)
     counts = fine.seconds()[1]
