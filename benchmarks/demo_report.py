@@ -40,6 +40,12 @@ def percent(value: float) -> str:
     return f"{100 * value:.1f}"
 
 
+def points(pair: dict[str, Any]) -> str:
+    """A comparison's difference and interval."""
+    low, high = (f"{100 * value:+.1f}" for value in pair["interval"])
+    return f"{100 * pair['difference']:+.1f} ({low} to {high})"
+
+
 def cell_text(cell: dict[str, Any]) -> str:
     """Exact answers in percent, how many of how many, and the interval."""
     count, documents = cell["questions"], cell["documents"]
@@ -178,9 +184,7 @@ def lsa() -> str:
                 continue
             task, length = pair["task"], tokens(pair["length"])
             scores = [percent(cells[task, policy]["score"]) if task else "" for policy in POLICIES]
-            low, high = (f"{100 * value:+.1f}" for value in pair["interval"])
-            difference = f"{100 * pair['difference']:+.1f} ({low} to {high})"
-            rows.append([length, task or "all", f"{pair['pairs']} / {pair['clusters']}", *scores, difference])
+            rows.append([length, task or "all", f"{pair['pairs']} / {pair['clusters']}", *scores, points(pair)])
     head = ["length", "task", "questions / documents", *(name.removesuffix("@match") for name in POLICIES)]
     return table([*head, "LSA - full, points"], rows)
 
@@ -194,11 +198,10 @@ def kept() -> str:
             if (pair["policy"], pair["against"], pair["task"]) == ("lsa", "full", None) and pair["length"] is not None
         )  # fmt: skip
         held = next(row for row in metrics["averages"] if row["policy"] == "lsa" and row["length"] == pair["length"])
-        low, high = (f"{100 * value:+.1f}" for value in pair["interval"])
         rows.append([
             tokens(pair["length"]), percent(metrics["run"]["lsa"]["keep"]),
             percent(held["paper_ratio_of_means"]), percent(held["all_in_ratio_of_means"]),
-            f"{pair['pairs']} / {pair['clusters']}", f"{100 * pair['difference']:+.1f} ({low} to {high})",
+            f"{pair['pairs']} / {pair['clusters']}", points(pair),
             "yes" if pair["noninferior"] else "no",
         ])  # fmt: skip
     head = ["length", "pages, %", "paper bytes, %", "all-in bytes, %", "questions / documents", "LSA - full, points"]
@@ -219,10 +222,7 @@ def paper() -> str:
         for policy in ("full", "lsa", *OF_PAPER):
             held = averages[policy]
             row.append(f"{percent(held['score'])} ({percent(held['paper_ratio_of_means'])} %)")
-        for policy in OF_PAPER:
-            low, high = (f"{100 * value:+.1f}" for value in pairs[policy]["interval"])
-            row.append(f"{100 * pairs[policy]['difference']:+.1f} ({low} to {high})")
-        rows.append(row)
+        rows.append([*row, *(points(pairs[policy]) for policy in OF_PAPER)])
     head = ["length", "answers", "full", "lsa", *OF_PAPER, *(f"LSA - {name}" for name in OF_PAPER)]
     return table(head, rows)
 

@@ -37,12 +37,10 @@ def main() -> None:
 
 def page(folders: Sequence[Path]) -> str:
     """The whole page; a section for every result file, in the order of names."""
-    sections = [section for path in _files(folders, "*.json*") for section in _section(path)]
-    return "\n".join([HEAD, *_targets(folders), *(sections or [NOTHING])])
-
-
-def _files(folders: Sequence[Path], pattern: str) -> list[Path]:
-    return sorted((path for folder in folders for path in folder.glob(pattern)), key=lambda path: path.name)
+    paths = sorted((path for folder in folders for path in folder.glob("*.json*")), key=lambda path: path.name)
+    results = [(path.name, _read(path)) for path in paths]
+    sections = [section for name, result in results for section in _section(name, result)]
+    return "\n".join([HEAD, *_targets(dict(results)), *(sections or [NOTHING])])
 
 
 def _read(path: Path) -> Any:
@@ -53,12 +51,11 @@ def _read(path: Path) -> Any:
     return {"bench": "gpu_kernels", **about, "rows": rows}
 
 
-def _targets(folders: Sequence[Path]) -> Iterator[str]:
+def _targets(found: Mapping[str, Any]) -> Iterator[str]:
     """What was aimed at and what came, and why where it fell short."""
-    found = {path.name: path for path in _files(folders, "*.json*")}
     lines: list[Row] = []
     for target in TARGETS:
-        if found.keys() >= set(target.files) and (values := target.values(*(_read(found[n]) for n in target.files))):
+        if found.keys() >= set(target.files) and (values := target.values(*(found[name] for name in target.files))):
             reached = sum(map(target.reached, values.values()))
             shown = f"{reached} of {len(values)}" if 0 < reached < len(values) else "yes" if reached else "no"
             lines.append({"target": target, "values": values, "met": shown})
@@ -93,16 +90,15 @@ def _range(values: Mapping[str, float], form: str) -> str:
     return format(least, form) if least == most else f"{least:{form}} to {most:{form}}"
 
 
-def _section(path: Path) -> Iterator[str]:
+def _section(name: str, result: Any) -> Iterator[str]:
     """Nothing for a file of another program."""
-    result = _read(path)
     if not isinstance(result, dict) or "command" not in result or "machine" not in result:
         return
     if (tables := TABLES.get(str(result.get("bench")))) is None:
         return
     machine = result["machine"]
     where = ", ".join(machine["gpus"]) if result.get("device", "cuda") != "cpu" and machine["gpus"] else machine["cpu"]
-    yield f"## {tables.title} ({path.name})\n"
+    yield f"## {tables.title} ({name})\n"
     yield f"`{result['command']}` on {where}; torch {machine['torch']}, commit {machine['commit']}.\n"
     yield from tables.text(result)
     if rows := tables.rows(result):
@@ -326,7 +322,7 @@ TABLES: Mapping[str, Tables] = {
             "mode": lambda row: row["mode"],
             "read, tokens/s": _known("read_tokens_per_second", ",.0f"),
             "step, ms": _of("step_ms", "median", ".3f"),
-            "first of a window": _of("first_step_of_window_ms", "median", ".2f"),
+            "slowest": _of("step_ms", "max", ".1f"),
             "tokens/s": _known("tokens_per_second", ",.1f"),
             "device bytes, all in": _known("device_bytes", ","),
         },

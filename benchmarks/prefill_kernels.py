@@ -14,18 +14,22 @@ from __future__ import annotations
 
 import statistics
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
 from benchmarks import common
+from flashmem.backbone.fused_prefill import STORED_TILE
+from flashmem.backbone.steps import KEY_TILE
 from flashmem.bench import kernel_cases
-from flashmem.bench.kernel_timing import copy_bytes_per_second, elapsed, relative_error
+from flashmem.bench.kernel_cases import PAGE_CHUNKS
+from flashmem.bench.kernel_timing import copy_bytes_per_second, elapsed, relative_error, tiles_name
 from flashmem.kernels.index_rows import decode_index_rows, encode_index_rows
-from flashmem.kernels.kv_codec import KVFormatSpec, decode_rows, encode_rows
+from flashmem.kernels.kv_codec import KVFormatSpec, decode_rows, encode_rows, exact_spec
 from flashmem.kernels.paged import PagedRows, interleaved_form
 from flashmem.kernels.score_chunks import fused as score
 from flashmem.kernels.select_chunks import fused as select
@@ -33,7 +37,6 @@ from flashmem.kernels.select_chunks import lightning_scores, topk_history
 from flashmem.kernels.sparse_attention import EntrySource, attend_prefill, attend_prefill_rows
 from flashmem.kernels.sparse_attention import fused as attention
 
-PAGE_CHUNKS, REFERENCE_TILE, STORED_TILE = 64, 4096, 65_536
 JUDGED = 64
 """Queries that are compared with float32."""
 TILE_QUERIES = 1024
@@ -123,9 +126,7 @@ def level_2(bench: Bench, name: str, sizes: Sizes) -> None:
     keys = encode_index_rows(drawn) if sizes.kv_format == "fp8" else drawn.to(bench.dtype)
     wide = decode_index_rows(keys) if sizes.kv_format == "fp8" else keys.float()
     stored = [(first, keys[first : first + STORED_TILE]) for first in range(0, chunks, STORED_TILE)]
-    decoded = [
-        (first, wide[first : first + REFERENCE_TILE].to(bench.dtype)) for first in range(0, chunks, REFERENCE_TILE)
-    ]
+    decoded = [(first, wide[first : first + KEY_TILE].to(bench.dtype)) for first in range(0, chunks, KEY_TILE)]
     precision: Any = "fp32" if bench.dtype is torch.float32 else None
 
     def fused() -> torch.Tensor:
@@ -171,12 +172,8 @@ def _tiles_of_scores(
     for choice in kernel_cases.QUERY_TILES[precision]:
         again = score.score_queries(some_q, some_w, part, seen, tiles=choice)
         same = bool((again.view(torch.int32) == ranks.view(torch.int32)).all())
-        row = {"time": "tiles of scores", "model": name, "tiles": _tiles_name(choice), "same_bits": same}
-        bench.time(row, {"ms": lambda tiles=choice: score.score_queries(some_q, some_w, part, seen, tiles=tiles)})  # type: ignore[misc]
-
-
-def _tiles_name(tiles: score.Tiles) -> str:
-    return f"chunks={tiles.chunks} run={tiles.run} warps={tiles.warps} stages={tiles.stages}"
+        row = {"time": "tiles of scores", "model": name, "tiles": tiles_name(choice), "same_bits": same}
+        bench.time(row, {"ms": partial(score.score_queries, some_q, some_w, part, seen, tiles=choice)})
 
 
 # ---- attention
@@ -188,7 +185,7 @@ def attend(bench: Bench, name: str, sizes: Sizes) -> None:
     first = 4 * chunks - queries
     q = bench.randn(queries, sizes.heads, dim).to(bench.dtype)
     window_kv, sinks = bench.randn(queries + sizes.window - 1, dim).to(bench.dtype), bench.randn(sizes.heads)
-    exact = KVFormatSpec("fp32" if bench.dtype is torch.float32 else "bf16", dim, 0)
+    exact = exact_spec(bench.dtype, dim)
     dense = bench.randn(max(1, chunks // 32), dim).to(bench.dtype)
     visible = (torch.arange(first, first + queries, device=device) + 1) // 128
     hca = PagedRows(interleaved_form(exact.data_bytes, 0), [[encode_rows(exact, dense)]], [len(dense)])
@@ -257,19 +254,10 @@ def _widened(sets: Callable[[int, int], Any], ahead: int) -> Callable[[int, int]
 def _tiles_of_attention(bench: Bench, about: dict[str, Any], sizes: Sizes, fused: Callable[[], object]) -> None:
     for heads, keys, warps in ATTENTION_TILES:
         if heads <= max(16, sizes.heads):
-            with _default_tiles(attention.Tiles(heads, keys, 1, warps)):
+            tiles = attention.Tiles(heads, keys, 1, warps)
+            with patch.object(attention, "default_tiles", return_value=tiles):
                 row = {"time": "tiles of attention", **about, "heads": heads, "keys": keys, "warps": warps}
                 bench.time(row, {"ms": fused}, times=3)
-
-
-@contextmanager
-def _default_tiles(tiles: attention.Tiles) -> Iterator[None]:
-    before = attention.default_tiles
-    attention.default_tiles = lambda *_: tiles
-    try:
-        yield
-    finally:
-        attention.default_tiles = before
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -537,12 +537,12 @@ class Session:
         It does not for a single forward, nor where all pages stay on the device anyway.
         """
         engine, budget = self.engine, self.engine.config.history_budget_bytes
+        if tokens <= engine.config.prefill_chunk or self.cycle.keeps_all:
+            return nullcontext()
         if budget is None:
             on_cpu = all(device.type == "cpu" for device in engine.layout.devices)
             budget = 0 if on_cpu else engine.store.pool.spare_bytes() // 2
-        if tokens <= engine.config.prefill_chunk or self.cycle.keeps_all or not budget:
-            return nullcontext()
-        return self.pages.held_history(num_chunks, budget)
+        return self.pages.held_history(num_chunks, budget) if budget else nullcontext()
 
     def _flush(self) -> None:
         """Run a token that was generated but not run; make sure that there is something to continue from."""

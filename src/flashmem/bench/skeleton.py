@@ -8,7 +8,6 @@ scheduler promises. `flashmem bench capacity --plan` prints both.
 
 from __future__ import annotations
 
-import os
 import random
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -21,6 +20,7 @@ from ..backbone import skeleton_model
 from ..config import KVFormat, LSAConfig, ModelGeometry
 from ..lookahead import SlotShare
 from ..policy import AllPages, Budget
+from ..store.device import free_bytes
 from ..types import PageLimits, PageView, Policy, Scorer, Selection
 
 Mode = Literal["full", "lsa"]
@@ -187,12 +187,6 @@ def default_budgets(skeleton: Skeleton) -> tuple[int, int]:
     else:
         device = (host - skeleton.weight_bytes()) // 2
     return max(0, device * 7 // 10), host * 8 // 10
-
-
-def free_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def plan(

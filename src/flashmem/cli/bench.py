@@ -321,7 +321,7 @@ def prefill(
     Example: `flashmem bench prefill --context 128K,1M --out results/prefill_stock.json`
     """
     from ..bench import prefill as bench
-    from ..bench.skeleton import free_bytes
+    from ..store.device import free_bytes
 
     where, lengths, (start,) = _device(device), _sizes(context), _sizes(first)
     chosen = prefill_kernels or ("both" if where.type == "cuda" else "reference")

@@ -76,7 +76,7 @@ class DevicePool:
 
     def spare_bytes(self) -> int:
         """Bytes that all devices have free beside the pool, what torch holds for later included."""
-        return sum(_free_bytes(device) + _cached_bytes(device) for device in self.layout.devices)
+        return sum(free_bytes(device) + _cached_bytes(device) for device in self.layout.devices)
 
     def take(self, count: int, owner: int) -> list[int]:
         """Slots for model code to write, zeroed (so that no session finds another one's bytes in them).
@@ -206,7 +206,7 @@ class DevicePool:
         try:
             pool = torch.empty(slots, part.num_bytes, dtype=torch.uint8, device=part.device)
         except RuntimeError as error:  # torch has no narrower one for the CPU
-            raise BudgetError(f"device ({part.device})", slots * part.num_bytes, _free_bytes(part.device)) from error
+            raise BudgetError(f"device ({part.device})", slots * part.num_bytes, free_bytes(part.device)) from error
         return pool.fill_(POISON) if self.poison else pool
 
     def _fill(self, slots: Sequence[int], value: int) -> None:
@@ -226,7 +226,8 @@ def _neighbours(slots: Sequence[int]) -> Iterator[tuple[int, int]]:
         yield found[0], found[-1]
 
 
-def _free_bytes(device: torch.device) -> int:
+def free_bytes(device: torch.device) -> int:
+    """Bytes that a device has free: the main memory's for a CPU."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -268,4 +269,4 @@ def _record(device: torch.device) -> torch.cuda.Event | None:
     return torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
 
 
-__all__ = ["POISON", "DevicePool", "Ticket"]
+__all__ = ["POISON", "DevicePool", "Ticket", "free_bytes"]

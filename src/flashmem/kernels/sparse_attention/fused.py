@@ -114,10 +114,8 @@ def choose_tiles(units: int, batch: int, heads: int, keys: Sequence[int], *, wid
 
     def tiles(most_heads: int, block_keys: int, warps: int) -> Tiles:
         block_heads = min(most_heads, max(16, triton.next_power_of_2(heads)))
-        programs, blocks = (
-            batch * triton.cdiv(heads, block_heads),
-            sum(triton.cdiv(count, block_keys) for count in keys),
-        )
+        programs = batch * triton.cdiv(heads, block_heads)
+        blocks = sum(triton.cdiv(count, block_keys) for count in keys)
         return Tiles(block_heads, block_keys, min(MOST_SHARES, max(1, blocks), max(1, units // programs)), warps)
 
     if not wide:
